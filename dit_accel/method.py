@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dit_accel.hooks.selfcheck import ComputedAttention
+    from dit_accel.plans.curves import Curve
     from dit_accel.plans.plan import Plan
     from dit_accel.tokens import TokenGrid
 
@@ -43,6 +44,12 @@ class MethodConfig(Checked):
     def anchors(self) -> bool:
         """Whether a call carries anchors besides its own tokens; see `plans.anchored`."""
         return False
+
+    @property
+    def curve(self) -> Curve | None:
+        """The curve along which blocks are runs of tokens, by the field `order`; None without one."""
+        order = getattr(self, "order", None)
+        return order if order in ("morton", "hilbert") else None
 
     @property
     def budgets(self) -> Literal["equal"] | tuple[float, ...]:

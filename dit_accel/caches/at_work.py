@@ -118,6 +118,13 @@ class CacheAtWork:
         return self.cache.name in ("sea", "faster", "pab")
 
     @property
+    def reads_ends_alone(self) -> bool:
+        """Whether it reads what the first block takes and the last one returns, and nothing between those two."""
+        return self.cache.name in BLOCK_CACHES or (
+            self.cache.name == "taylorseer" and bool(self.cache.build().use_lite_mode)
+        )
+
+    @property
     def attached(self) -> bool:
         """Whether the cache is on."""
         return self._hooks is not None

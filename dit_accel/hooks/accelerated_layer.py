@@ -15,9 +15,13 @@ from dit_accel.errors import DitAccelError
 from dit_accel.hooks import selfcheck
 from dit_accel.hooks.report import LayerReport, Tally
 from dit_accel.method import LearnedModule
-from dit_accel.pipelines.processor import AcceleratedAttnProcessor
+from dit_accel.pipelines.attention import CallState
+from dit_accel.pipelines.family import Family
+from dit_accel.pipelines.processor import AcceleratedAttnProcessor, wrap_processor
 from dit_accel.plans import ramps
 from dit_accel.plans.plan import Plan, building
+from dit_accel.plans.routed import RoutedPlan
+from dit_accel.setting import Setting
 
 
 @dataclasses.dataclass
@@ -108,6 +112,8 @@ class AcceleratedLayer:
             return
         plan, kernel, why = last
         self.tally.sparse(plan.density, kernel, why, step if isinstance(self.config, ramps.Ramped) else None)
+        if isinstance(plan, RoutedPlan) and plan.curve is not None:
+            self.tally.permuted("stack" if self.ours.arranged else "layer")
         if self.ours.density_sum is not None:
             self.tally.measure(step, self.ours.density_sum)
 
@@ -128,6 +134,38 @@ class AcceleratedLayer:
         if current is self.ours or (current is self.original and not self.attached):
             return None
         return type(current).__name__
+
+
+def find_layers(
+    name: str,
+    transformer: nn.Module,
+    family: Family,
+    setting: Setting,
+    state: Callable[[Any, str | None, bool], CallState],
+) -> list[AcceleratedLayer]:
+    """The layers of a transformer with our processors, not yet set: an error leaves the model unchanged.
+
+    Args:
+        name: of the transformer in its pipeline.
+        state: of a layer, by its settings, why it stays dense, and whether it sees text.
+    """
+    attentions = list(family.attentions(transformer))
+    if not attentions:
+        raise DitAccelError(
+            f"{type(transformer).__name__} has no module named {' or '.join(family.attention)}, where the family "
+            f"{family.name} has its self-attention. Use an unmodified model of the family."
+        )
+    layers = []
+    by_layer = setting.by_layer(name, len(attentions))
+    for (path, attention), (config, reason) in zip(attentions, by_layer, strict=True):
+        sees_text = family.sees_text(path)
+        original: Any = attention.processor
+        if isinstance(original, AcceleratedAttnProcessor):  # set by an accelerator that this one replaces
+            original.settle()
+            original = original.inner
+        ours = wrap_processor(original, state(config, reason, sees_text), family.sparse_calls)
+        layers.append(AcceleratedLayer(path, attention, config, reason, sees_text, original, ours))
+    return layers
 
 
 def naming_remove(load: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,14 @@ from torch import nn
 
 from dit_accel.caches.at_work import CacheAtWork
 from dit_accel.errors import DitAccelError, DitAccelWarning
-from dit_accel.hooks.accelerated_layer import AcceleratedLayer, naming_remove, refuse_export, without_learned
+from dit_accel.hooks.accelerated_layer import (
+    AcceleratedLayer,
+    find_layers,
+    naming_remove,
+    refuse_export,
+    without_learned,
+)
+from dit_accel.hooks.arranged_stack import ArrangedStack
 from dit_accel.hooks.dense_backend import DenseBackend
 from dit_accel.hooks.levels import Level
 from dit_accel.hooks.plan_cache import PlanCache
@@ -23,11 +30,9 @@ from dit_accel.hooks.several import Several
 from dit_accel.hooks.steps import StepClock
 from dit_accel.kernels.impls import Impl
 from dit_accel.method import Method
-from dit_accel.pipelines import processor
 from dit_accel.pipelines.anchors import AnchorTokens
 from dit_accel.pipelines.attention import AtWork, CallState
 from dit_accel.pipelines.family import Family, Memory, ModelInputs
-from dit_accel.pipelines.processor import AcceleratedAttnProcessor
 from dit_accel.plans import ramps
 from dit_accel.plans.plan import Plan
 from dit_accel.plans.ramps import Ramped
@@ -87,7 +92,7 @@ class Engine(AtWork):
         self._dense_states = {sees: CallState(impl, family.text_is_keys) for sees in (True, False)}
         self._watching = Watching(name, check, family.heads, self._dense_states)
         self.watchers = self._watching.watchers
-        self.layers = self._find_layers(setting)
+        self.layers = find_layers(name, transformer, family, setting, self._state)
         anchored = any(ramps.at(config).anchors for config, _ in self._states)
         self._by_step = self._schedule.by_step or any(isinstance(config, Ramped) for config, _ in self._states)
         self._anchors = AnchorTokens(transformer, family) if anchored else None
@@ -101,34 +106,17 @@ class Engine(AtWork):
             sources = clock.pipeline_config, getattr(transformer, "config", None)
             models = tuple(str(getattr(source, "_name_or_path", "")) for source in sources)
             self.cache = CacheAtWork(name, transformer, family, setting.cache, models, self.several.add_up)
+        self._arranged = ArrangedStack(transformer, family, self.layers, self.cache)
 
-    def _find_layers(self, setting: Setting) -> list[AcceleratedLayer]:
-        """The layers with our processors, not yet set: an error leaves the model unchanged."""
-        attentions = list(self._family.attentions(self._transformer))
-        if not attentions:
-            raise DitAccelError(
-                f"{type(self._transformer).__name__} has no module named {' or '.join(self._family.attention)}, where "
-                f"the family {self._family.name} has its self-attention. Use an unmodified model of the family."
-            )
-        layers = []
-        by_layer = setting.by_layer(self.name, len(attentions))
-        for (name, attention), (config, reason) in zip(attentions, by_layer, strict=True):
-            sees_text = self._family.sees_text(name)
-            state = self._dense_states[sees_text]
-            if reason is None:
-                fresh = CallState(self._impl, self._family.text_is_keys)
-                state = self._states.setdefault((config, sees_text), fresh)
-            original: Any = attention.processor
-            if isinstance(original, AcceleratedAttnProcessor):  # set by an accelerator that this one replaces
-                original.settle()
-                original = original.inner
-            ours = processor.wrap_processor(original, state, self._family.sparse_calls)
-            layers.append(AcceleratedLayer(name, attention, config, reason, sees_text, original, ours))
-        return layers
+    def _state(self, config: Any, reason: str | None, sees_text: bool) -> CallState:
+        """The state of a layer."""
+        if reason is not None:
+            return self._dense_states[sees_text]
+        return self._states.setdefault((config, sees_text), CallState(self._impl, self._family.text_is_keys))
 
     @property
     def all_notes(self) -> list[str]:
-        return [*self.notes, *self._dense_backend.notes]
+        return [*self.notes, *self._dense_backend.notes, *self._arranged.notes]
 
     @property
     def _device(self) -> torch.device:
@@ -155,6 +143,7 @@ class Engine(AtWork):
             self._transformer.register_forward_pre_hook(self._note_compiled),
             self._transformer.register_forward_pre_hook(self._make_hook(), with_kwargs=True),
             *(() if self._anchors is None else self._anchors.attach()),
+            *self._arranged.attach(),
         ]
         if self.cache is not None:
             self.cache.attach()
@@ -240,6 +229,7 @@ class Engine(AtWork):
                 "Call remove() before copying, or copy first and accelerate the copy."
             )
         self.count_last_call()
+        self._arranged.end()
         self.calls += 1
         self._look_for_dropped()
         self._dense_backend.check(self._any_compiled)
@@ -292,6 +282,7 @@ class Engine(AtWork):
             segments = layout.segments if sees_text else ()
             state.set(plan, *text, segments, ulysses=shared)
             _, state.impl, _ = last
+        self._arranged.begin(layout, call.device, self._last)
         if any(state.sparse for state in self._states.values()):
             self._watch_layers()
             if self._anchors is not None:

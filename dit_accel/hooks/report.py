@@ -36,6 +36,8 @@ class LayerReport:
             if the step is known.
         kernels: implementations that computed the sparse calls, and why each was chosen.
         dense_reasons: dense calls by reason.
+        permuted: sparse calls along a curve, by where their tokens were permuted: "stack" (once for a run of layers) or
+            "layer" (q, k, v and the output in the call).
         left: class of a processor that was set since; its calls are dense.
         relative_error: norm of sparse minus dense attention over the norm of dense, over sampled queries of the first
             sparse call; None unless verified. A layer kept dense has the error of its discarded sparse result.
@@ -51,6 +53,7 @@ class LayerReport:
     step_density: dict[int, float] = dataclasses.field(default_factory=dict)
     kernels: dict[str, str] = dataclasses.field(default_factory=dict)
     dense_reasons: dict[str, int] = dataclasses.field(default_factory=dict)
+    permuted: dict[str, int] = dataclasses.field(default_factory=dict)
     left: str | None = None
     relative_error: float | None = None
     kept_mass: float | None = None
@@ -61,6 +64,8 @@ class LayerReport:
         if self.sparse_calls:
             kernels = "; ".join(f"{name}: {why}" for name, why in self.kernels.items())
             parts.append(f"{self.sparse_calls} sparse at density {self.density:.4f} ({kernels})")
+        if self.permuted:
+            parts.append(f"tokens permuted by {' and '.join(self.permuted)}")
         parts += [f"{count} dense ({reason})" for reason, count in self.dense_reasons.items()]
         if self.relative_error is not None:
             error, mass = f"relative error {self.relative_error:.3g}", f"softmax mass kept {self.kept_mass:.3f}"
@@ -206,6 +211,7 @@ class Tally:
         self._measured: dict[int | None, torch.Tensor] = {}
         self._kernels: dict[str, str] = {}
         self._dense: Counter[str] = Counter()
+        self._permuted: Counter[str] = Counter()
         self._kept_bytes = 0
 
     def keep(self, values: Mapping[int, Iterable[Any]]) -> None:
@@ -217,6 +223,10 @@ class Tally:
         """Count a call. `density` is the plan's, None if it is measured; `step` if plans differ by step."""
         self._sparse[step, density] += 1
         self._kernels[kernel] = why
+
+    def permuted(self, where: str) -> None:
+        """Count a sparse call along a curve, as in `LayerReport.permuted`."""
+        self._permuted[where] += 1
 
     def measure(self, step: int | None, density_sum: torch.Tensor) -> None:
         """Add densities summed on the device to a step's sum, without waiting for the device.
@@ -250,5 +260,6 @@ class Tally:
             "step_density": {step: total / count for step, (total, count) in measured.items() if step is not None},
             "kernels": dict(self._kernels),
             "dense_reasons": dict(self._dense),
+            "permuted": dict(self._permuted),
             "kept_bytes": self._kept_bytes,
         }

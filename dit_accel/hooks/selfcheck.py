@@ -13,6 +13,7 @@ import torch
 from dit_accel.errors import DitAccelError
 from dit_accel.method import MethodConfig
 from dit_accel.plans.plan import Plan
+from dit_accel.plans.routed import RoutedPlan
 from dit_accel.schedule import Step
 from dit_accel.values import check, option
 
@@ -203,6 +204,8 @@ class Watching:
     ) -> None:
         """Check a layer's sparse attention if asked for, and show it to the watchers."""
         assert state.plan is not None
+        if layer.ours.arranged and isinstance(state.plan, RoutedPlan):
+            q, k, v, out = (state.plan.restore(x) for x in (q, k, v, out))
         text, heads = state.text_of(len(q)), self._heads(layer.attention)
         held = None if state.ulysses is None else (state.ulysses.first_head(heads), heads)
         call = ComputedAttention(

@@ -146,6 +146,7 @@ class LayerAttention(AtWork):
         head_pairs: the visual pairs that each head kept in the last call, float32 [H]; None unless processes share
             heads that differ. By them heads are given to processes in the next call.
         watch: called with q, k, v, out (the whole sequence), scale and state after sparse attention; never traced.
+        arranged: the call's visual tokens are along the plan's curve, as in `PlanArguments`.
         key: int64 scalar on the CPU, by which `planned_attention` finds this object.
     """
 
@@ -156,6 +157,7 @@ class LayerAttention(AtWork):
         self.stored: dict[int, Any] = {}
         self.head_pairs: Tensor | None = None
         self.watch: Watch | None = None
+        self.arranged = False
         number = next(_NUMBERS)
         with building():
             self.key = torch.tensor(number)
@@ -185,18 +187,25 @@ class LayerAttention(AtWork):
             DitAccelError: the call is not over the grid, or has a mask that no text lengths stand for.
         """
         if not torch.compiler.is_compiling():
-            return self.compute(q, k, v, scale, masked, gate)
+            return self.compute(q, k, v, scale, masked, self.arranged, gate)
         if torch.is_autocast_enabled(q.device.type):
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         learned = [] if self.learned is None else list(self.learned.parameters())
         gates = [] if gate is None else [gate]
         record = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *gates, *learned))
-        out, _ = planned_attention(q, k, v, self.key, gates, learned, scale, masked, record)
+        out, _ = planned_attention(q, k, v, self.key, gates, learned, scale, masked, self.arranged, record)
         return out
 
     def compute(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, masked: bool, gate: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        masked: bool,
+        arranged: bool,
+        gate: Tensor | None = None,
     ) -> Tensor:
         """`attend`, never traced."""
         state = self.state
@@ -238,7 +247,7 @@ class LayerAttention(AtWork):
         call = PlanArguments(
             scale=scale, text_lens=text_lens, text_bias=text_bias, impl=state.impl, module=self.learned,
             density_sum=self.density_sum, heads=held, memory=memory, gate=gate,
-            segments=state.segments, head_pairs=pairs,
+            segments=state.segments, head_pairs=pairs, arranged=arranged,
         )  # fmt: skip
         run = state.plan.run if ulysses is None else functools.partial(ulysses.attend, state.plan)
         out = run(q, k, v, call)
@@ -278,12 +287,14 @@ def planned_attention(
     learned: list[Tensor],
     scale: float | None,
     masked: bool,
+    arranged: bool,
     record: bool,
 ) -> tuple[Tensor, Tensor]:
     """`LayerAttention.compute` of the layer with that key, as one operator.
 
     Args:
         q, k, v, scale, masked: as there.
+        arranged: a constant of the graph, as is the order of the tokens that the graph computes.
         key: `LayerAttention.key`.
         gates: the gate, if there is one.
         learned: the parameters of the layer's learned weights; their gradients are returned for these inputs.
@@ -299,17 +310,18 @@ def planned_attention(
     if layer is None:
         raise DitAccelError("This compiled model was accelerated, and its accelerator is gone; compile it again.")
     if not record:
-        return _laid_out(layer.compute(q, k, v, scale, masked, *gates)), torch.zeros(1, dtype=torch.int64, device="cpu")
+        ticket = torch.zeros(1, dtype=torch.int64, device="cpu")
+        return _laid_out(layer.compute(q, k, v, scale, masked, arranged, *gates)), ticket
     # Clones: the compiled graph may reuse the memory of its own tensors before the backward pass.
     q, k, v, *gates = (x.detach().clone().requires_grad_() for x in (q, k, v, *gates))
     with _autograd(), torch.enable_grad():
-        out = layer.compute(q, k, v, scale, masked, *gates)
+        out = layer.compute(q, k, v, scale, masked, arranged, *gates)
     weights = [] if layer.learned is None else [x for x in layer.learned.parameters() if x.requires_grad]
     number = next(_NUMBERS)
-    ticket = np.array([number])
+    memory = np.array([number])
     _RECORDS[number] = out, [q, k, v, *gates, *weights]
-    weakref.finalize(ticket, _RECORDS.pop, number)
-    return _laid_out(out.detach().clone()), torch.from_numpy(ticket)
+    weakref.finalize(memory, _RECORDS.pop, number)
+    return _laid_out(out.detach().clone()), torch.from_numpy(memory)
 
 
 @planned_attention.register_fake
@@ -322,6 +334,7 @@ def _(
     learned: list[Tensor],
     scale: float | None,
     masked: bool,
+    arranged: bool,
     record: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, dim = q.shape
@@ -367,7 +380,7 @@ def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     ticket, *rest = ctx.saved_tensors
     gates, learned = rest[: ctx.gates], rest[ctx.gates :]
     q, k, v, *others = planned_attention_backward(grad, ticket, gates, learned, ctx.keys)
-    return q, k, v, None, others[: ctx.gates], others[ctx.gates :], None, None, None
+    return q, k, v, None, others[: ctx.gates], others[ctx.gates :], None, None, None, None
 
 
 planned_attention.register_autograd(_differentiate, setup_context=_save)

@@ -5,6 +5,7 @@ The processors of HunyuanVideo 1.5 and Mochi waste memory or time on the mask, s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelInputs, Preset, video_family
 from dit_accel.pipelines.processor import joint_call
 from dit_accel.pipelines.reading import mask_text, video_of
-from dit_accel.pipelines.sharding import IMAGE_TOKENS, Counted, Sharding
+from dit_accel.pipelines.sharding import IMAGE_TOKENS, Axes, Counted, Sharding
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, video_sizes
 from dit_accel.pipelines.stacks import VISUAL_FIRST, BlockStack
 
@@ -74,12 +75,13 @@ def mochi_sizes(transformer: Config, vae: Config) -> Sizes:
     return video_sizes(strides, patch_of(transformer), 19, 480, 848, text=256)
 
 
-# A replaced first frame (image to video) is counted by `num_tokens`.
+# A replaced first frame (image to video) is counted by `num_tokens`. The lists of blocks name positions differently.
+TOKENS: Mapping[str, Axes] = {"freqs_cis": (0, 0), "image_rotary_emb": (0, 0), "num_tokens": Counted()}
 HUNYUAN = Sharding(
     {
         "transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1},
-        "transformer_blocks.*": {"freqs_cis": (0, 0), "num_tokens": Counted()},
-        "single_transformer_blocks.*": {"image_rotary_emb": (0, 0), "num_tokens": Counted()},
+        "transformer_blocks.*": TOKENS,
+        "single_transformer_blocks.*": TOKENS,
     },
     outputs={"proj_out": (IMAGE_TOKENS,)},
     separate=True,
@@ -93,7 +95,9 @@ FAMILIES = (
         attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
         layout=hunyuan_video,
         sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 129, 720, 1280, text=256),
-        stack=BlockStack({"transformer_blocks": VISUAL_FIRST, "single_transformer_blocks": VISUAL_FIRST}),
+        stack=BlockStack(
+            {"transformer_blocks": VISUAL_FIRST, "single_transformer_blocks": VISUAL_FIRST}, by_token=TOKENS
+        ),
         shardings={"HunyuanVideoTransformer3DModel": HUNYUAN},
         summary="HunyuanVideo: text to video, image to video",
         recommended=TRAINING_FREE

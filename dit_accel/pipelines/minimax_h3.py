@@ -75,7 +75,7 @@ FAMILY = Family(
     attention=("transformer_blocks.*.attn",),
     layout=layout,
     sizes=sizes,
-    stack=BlockStack(outputs=("proj_out", "audio_proj_out")),
+    stack=BlockStack(outputs=("proj_out", "audio_proj_out"), by_token={"adaln_indices": 0, "rotary_emb": (0, 0)}),
     summary="MiniMax-H3: text, keyframes and references to video with sound; the video's tokens",
     timestep_scale=None,  # a call has one for each noise level in the sequence
     recommended=TRAINING_FREE

@@ -105,6 +105,19 @@ class Sharding:
         return cls(inputs, results=results, outputs=outputs, separate=separate)
 
 
+def replace_tokens(value: Any, axes: Axes, take: Callable[[torch.Tensor, int], torch.Tensor]) -> Any:
+    """An argument with `take(tensor, axis)` for its tensors that hold tokens in an axis, as `axes` say."""
+    if value is None or axes is None:
+        return value
+    if isinstance(axes, At):
+        return take(value, axes.axis) if value.ndim == axes.dims and value.shape[axes.axis] > 1 else value
+    if isinstance(axes, int):
+        return take(value, axes) if value.shape[axes] > 1 else value
+    if isinstance(axes, Mapping):
+        return {name: replace_tokens(part, axes.get(name), take) for name, part in value.items()}
+    return tuple(replace_tokens(part, axis, take) for part, axis in zip(value, axes, strict=True))
+
+
 def exchange(step: Callable[..., Result]) -> Callable[..., Result]:
     """A function in which processes exchange tokens; a `DitAccelError` says that another process is gone."""
 
@@ -144,7 +157,7 @@ class Shared:
 
     def take(self, value: Any, axes: Axes) -> Any:
         """What this process needs of an argument."""
-        if value is None or axes is None:
+        if value is None:
             return value
         if isinstance(axes, Whole):
             return self.gather(value, axes.axis, self.total(IMAGE_TOKENS))
@@ -152,13 +165,7 @@ class Shared:
             shares = even_shares(self.total(IMAGE_TOKENS), self.ranks)
             beside = sum(shares[self.rank + 1 :] if axes.to_last else shares[: self.rank])
             return min(max(value - beside, 0), shares[self.rank])
-        if isinstance(axes, At):
-            return self.take(value, axes.axis) if value.ndim == axes.dims else value
-        if isinstance(axes, int):
-            return value if value.shape[axes] == 1 else value.tensor_split(self.ranks, dim=axes)[self.rank]
-        if isinstance(axes, Mapping):
-            return {name: self.take(part, axes.get(name)) for name, part in value.items()}
-        return tuple(map(self.take, value, axes))
+        return replace_tokens(value, axes, lambda part, axis: part.tensor_split(self.ranks, dim=axis)[self.rank])
 
     @exchange
     def gather(self, value: torch.Tensor, axis: int, tokens: int) -> torch.Tensor:

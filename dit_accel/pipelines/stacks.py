@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from dit_accel.pipelines.sharding import Axes
+
 Streams = tuple[str, ...]  # names of arguments of a block, in the order in which it returns their new values
 
 VISUAL: Streams = ("hidden_states",)
@@ -26,6 +28,9 @@ class BlockStack:
         image_first: in the joined sequence the image stands before the text.
         both: the second stream is an output of the transformer too, such as sound.
         last_alone: the last block returns None for the second stream.
+        by_token: arguments of the blocks that hold a row for each token, and in which axes, as in `Sharding.inputs`.
+            With it, the blocks may get their visual tokens in any order: nothing is added between them. None: they get
+            them in the model's order.
     """
 
     lists: Mapping[str, Streams] = dataclasses.field(default_factory=lambda: {"transformer_blocks": VISUAL})
@@ -35,6 +40,7 @@ class BlockStack:
     image_first: bool = False
     both: bool = False
     last_alone: bool = False
+    by_token: Mapping[str, Axes] | None = None
 
     def blocks(self, transformer: nn.Module) -> Iterator[tuple[str, nn.Module, Streams]]:
         """Name, module and streams of each block, in the order they run."""

@@ -129,6 +129,9 @@ def kandinsky_head_dim(attention: Any) -> int:
 
 # Wan 2.2's TI2V-5B has a timestep for each token.
 WAN = Sharding.of_blocks("blocks", rotary_emb=(1, 1), temb=At(1, dims=4))
+WAN_STACK = BlockStack({"blocks": VISUAL}, by_token=WAN.inputs["blocks.*"])
+# Unlike Diffusers' own, which shares text too and then takes no mask of it.
+LTX = Sharding.of_blocks("transformer_blocks", temb=1, image_rotary_emb=(1, 1))
 COGVIDEOX = Sharding(
     {"transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1}}
     | {"transformer_blocks.*": {"image_rotary_emb": (0, 0)}},
@@ -261,10 +264,8 @@ FAMILIES = (
         transformers=("LTXVideoTransformer3DModel",),
         layout=packed_video,
         sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 161, 512, 704),
-        # unlike Diffusers' own, which shares text too and then takes no mask of it
-        shardings={
-            "LTXVideoTransformer3DModel": Sharding.of_blocks("transformer_blocks", temb=1, image_rotary_emb=(1, 1))
-        },
+        stack=BlockStack(by_token=LTX.inputs["transformer_blocks.*"]),
+        shardings={"LTXVideoTransformer3DModel": LTX},
         summary="LTX-Video: text and image to video, keyframes",
     ),
     # The audio stream's self-attention and the attention between the streams stay untouched. A layer whose attention
@@ -341,6 +342,8 @@ FAMILIES = (
         layout=video_alone,
         sizes=wan_sizes,
         stack=BlockStack({"blocks": VISUAL}),
+        # between VACE's blocks hints are added, between Animate's are face adapters
+        stacks={"WanTransformer3DModel": WAN_STACK, "ChronoEditTransformer3DModel": WAN_STACK},
         # the hints of VACE's blocks are shares; a face adapter of Animate compares frames with frames
         shardings={
             "WanTransformer3DModel": WAN,

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from dit_accel.plans.plan import building
+from dit_accel.tokens import TokenGrid
 
 Curve = Literal["morton", "hilbert"]
 Shape = tuple[int, int, int]
+Rows = tuple[torch.Tensor, torch.Tensor]
 Vector = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -39,6 +41,17 @@ def along(curve: Curve, shape: Shape) -> torch.Tensor:
         sides.sort(key=lambda side: -side.sum())  # the longest axis leads; stable: width before height before frames
         points = torch.from_numpy(_walk(sides[0], sides[1], sides[2], {}))
         return (points[:, 0] * height + points[:, 1]) * width + points[:, 2]
+
+
+def rows_along(curve: Curve, grid: TokenGrid) -> Rows:
+    """A sequence with its visual tokens along a curve: the token at each place, and each token's place, int64 [tokens].
+
+    Text and conditioning tokens stay where they are.
+    """
+    with building():
+        rows = torch.arange(grid.tokens)
+        rows[grid.visual_rows] = grid.visual_start + along(curve, grid.shape)
+        return rows, rows.argsort()
 
 
 def _walk(a: Vector, b: Vector, c: Vector, known: dict[bytes, Vector]) -> Vector:

@@ -67,6 +67,7 @@ class PlanArguments(NamedTuple):
         text and conditioning are one run each.
     head_pairs: float32 [H] on the device of q. A plan whose heads differ writes the visual pairs that each keeps, as a
         mean over samples, without waiting for the device.
+    arranged: q, k, v and gate have their visual tokens along the plan's curve already, and so will the output.
     """
 
     scale: float | None = None
@@ -81,6 +82,7 @@ class PlanArguments(NamedTuple):
     gate: torch.Tensor | None = None
     segments: tuple[tuple[int, int], ...] = ()
     head_pairs: torch.Tensor | None = None
+    arranged: bool = False
 
 
 class Plan(Kernels):

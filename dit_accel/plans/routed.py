@@ -14,7 +14,7 @@ from dit_accel.kernels.block_sparse.api import attend_blocks, attend_visual
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
 from dit_accel.kernels.impls import AUTO, Impl
 from dit_accel.order import TokenOrder, valid_tokens
-from dit_accel.plans.curves import Curve, along
+from dit_accel.plans.curves import Curve, Rows, along, rows_along
 from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, Plan, PlanArguments, among_others, building, per_device
 from dit_accel.plans.tiles import choose_tile
 from dit_accel.tokens import TokenGrid
@@ -83,6 +83,10 @@ class RoutedPlan(Plan):
         """[B, H, N, D] in model order with the visual tokens along the plan's curve; x itself without one."""
         return x if self.curve is None else _take_rows(x, self._rows_on(x.device)[0])
 
+    def restore(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, H, N, D] in model order again; undoes `arrange`."""
+        return x if self.curve is None else _take_rows(x, self._rows_on(x.device)[1])
+
     def block_of(self, order: TokenOrder) -> torch.Tensor:
         """The block of every visual token in `query_order` or `key_order`, in raster order: int64 [visual]."""
         with building():
@@ -90,12 +94,11 @@ class RoutedPlan(Plan):
         return blocks if self.curve is None else blocks[along(self.curve, self.grid.shape).argsort()]
 
     @per_device
-    def _rows_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The token at each place of the arranged sequence, and each token's place: int64 [N] on a device."""
+    def _rows_on(self, device: torch.device) -> Rows:
+        """`rows_along` the plan's curve, on a device."""
         assert self.curve is not None
-        rows, start = torch.arange(self.grid.tokens), self.grid.visual_start
-        rows[start : start + self.grid.visual] = start + along(self.curve, self.grid.shape)
-        return rows.to(device), rows.argsort().to(device)
+        rows, places = rows_along(self.curve, self.grid)
+        return rows.to(device), places.to(device)
 
     def attend_visual(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanArguments
@@ -136,19 +139,19 @@ class RoutedPlan(Plan):
         if torch.is_autocast_enabled(kind):
             q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
         with torch.autocast(kind, enabled=False):
-            if self.curve is not None:
+            if not call.arranged:
                 q, k, v = (self.arrange(x) for x in (q, k, v))
                 if call.gate is not None:
                     call = call._replace(gate=self.arrange(call.gate))
-                if call.text_bias is not None:
-                    call = call._replace(text_bias=call.text_bias[:, self._rows_on(q.device)[0]])
+            if self.curve is not None and call.text_bias is not None:
+                call = call._replace(text_bias=call.text_bias[:, self._rows_on(q.device)[0]])
             visual, lists = self.attend_visual(q, k, v, call)
             if call.density_sum is not None:
                 self.add_density(lists, call.density_sum)
             if call.head_pairs is not None:
                 call.head_pairs.copy_(self.visual_pairs(lists).mean(0))
             out = self.with_others(visual, q, k, v, call)
-            return out if self.curve is None else _take_rows(out, self._rows_on(q.device)[1])
+            return out if call.arranged else self.restore(out)
 
     @torch.no_grad()
     def add_density(self, lists: BlockLists, density_sum: torch.Tensor) -> None:

@@ -6,12 +6,12 @@ from tiny_models import TinyModel, numbers, seeded, text_mask
 from dit_accel.tokens import TokenGrid
 
 
-def build():
+def build(**config):
     from diffusers import LTXVideoTransformer3DModel
 
     sizes = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12}
     sizes |= {"cross_attention_dim": 24, "num_layers": 2, "caption_channels": 16}
-    return seeded(LTXVideoTransformer3DModel, **sizes)
+    return seeded(LTXVideoTransformer3DModel, **(sizes | config))
 
 
 def inputs(batch=2):

@@ -1,0 +1,221 @@
+"""Tokens along a curve from block to block: permuted once before a run of sparse layers, and back behind it.
+
+Otherwise each attention call along a curve permutes q, k and v, and its output back: four copies a layer. A run copies
+the visual stream twice, and every tensor with a row for each token, such as positions, once.
+
+A run is of consecutive blocks whose layers attend along one curve in this call. Dense layers are never in a run, so the
+model's own attention sees its tokens in its own order, and nothing is permuted in dense steps. A step cache reads what
+the first and the last block take and return. Then those two are in no run, and what it keeps is in the model's order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.caches.at_work import CacheAtWork
+from dit_accel.caches.hooking import present_cache
+from dit_accel.hooks.accelerated_layer import AcceleratedLayer
+from dit_accel.pipelines import context_parallel
+from dit_accel.pipelines.attention import AtWork
+from dit_accel.pipelines.family import CallLayout, Family
+from dit_accel.pipelines.sharding import Counted, replace_tokens
+from dit_accel.pipelines.stacks import BlockStack, Streams
+from dit_accel.plans import ramps
+from dit_accel.plans.curves import Curve, Rows, rows_along
+from dit_accel.plans.plan import building
+from dit_accel.plans.routed import RoutedPlan
+from dit_accel.tokens import TokenGrid
+
+Last = Mapping[Any, tuple[Any, str, str] | str]  # by kind of layer: plan, implementation and reason, or why it is dense
+
+
+class ArrangedBlock(AtWork):
+    """The hooks of one block.
+
+    Args:
+        stack: the block's.
+        streams: what it returns.
+        copies: tensors of the call under way and their copies along a curve, which all blocks share.
+
+    Attributes:
+        layers: its self-attention.
+        counts: whether it counts tokens in the model's order.
+        rows: of the run that the block is in; None if its tokens are in the model's order.
+        first, last: whether the run begins or ends here.
+    """
+
+    def __init__(self, block: nn.Module, stack: BlockStack, streams: Streams, copies: list[Any]) -> None:
+        from diffusers.utils.torch_utils import unwrap_module
+
+        self._block, self._copies, self._visual = block, copies, stack.visual
+        names = list(inspect.signature(type(unwrap_module(block)).forward).parameters)[1:]
+        self._places = {name: place for place, name in enumerate(names)}
+        self._returned = None if len(streams) == 1 else streams.index(stack.visual)
+        taken = {name: axes for name, axes in (stack.by_token or {}).items() if name in names}
+        self.counts = any(isinstance(axes, Counted) for axes in taken.values())
+        self._by_token = taken
+        self.layers: list[AcceleratedLayer] = []
+        self.rows: Rows | None = None
+        self.first = self.last = False
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the block is compiled by itself."""
+        return getattr(self._block, "_compiled_call_impl", None) is not None
+
+    def attach(self) -> Iterator[Any]:
+        """Hook the block; the handles."""
+        yield self._block.register_forward_pre_hook(self._before, with_kwargs=True)
+        yield self._block.register_forward_hook(self._behind)
+
+    def set(self, rows: Rows | None, first: bool = False, last: bool = False) -> None:
+        """Decide the call under way."""
+        self.rows, self.first, self.last = rows, first, last
+        for layer in self.layers:
+            layer.ours.arranged = rows is not None
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.rows is None:
+            return None
+        given, named = list(args), dict(kwargs)
+        for name, axes in (*self._by_token.items(), *(((self._visual, 1),) if self.first else ())):
+            values: Any = named if name in named else given
+            place: Any = name if name in named else self._places[name]
+            if name in named or place < len(given):
+                take = self._take if name == self._visual else self._take_once
+                values[place] = replace_tokens(values[place], axes, take)
+        return tuple(given), named
+
+    def _take(self, value: torch.Tensor, axis: int) -> torch.Tensor:
+        assert self.rows is not None
+        return value.index_select(axis, self.rows[0].to(value.device))
+
+    def _take_once(self, value: torch.Tensor, axis: int) -> torch.Tensor:
+        """`_take`; a tensor that many blocks get, such as positions, is copied once if no gradients flow."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return self._take(value, axis)
+        for original, rows, copy in self._copies:
+            if original is value and rows is self.rows:
+                return copy
+        copy = self._take(value, axis)
+        self._copies.append((value, self.rows, copy))
+        return copy
+
+    def _behind(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not self.last:
+            return None
+        assert self.rows is not None
+        self._copies.clear()
+        outputs = [output] if self._returned is None else list(output)
+        place = self._returned or 0
+        outputs[place] = outputs[place].index_select(1, self.rows[1].to(outputs[place].device))
+        return outputs[0] if self._returned is None else tuple(outputs)
+
+
+class ArrangedStack(AtWork):
+    """The blocks of one transformer, whose runs of layers find their tokens along a curve.
+
+    Args:
+        layers: the transformer's, in the order they run.
+        cache: its step cache; None without one.
+
+    Attributes:
+        notes: for the report, why layers permuted their tokens themselves.
+    """
+
+    def __init__(
+        self, transformer: nn.Module, family: Family, layers: Sequence[AcceleratedLayer], cache: CacheAtWork | None
+    ) -> None:
+        self._transformer, self._cache = transformer, cache
+        stack = family.stack_of(transformer)
+        self._with_text = all(len(streams) == 1 for streams in stack.lists.values())
+        self._copies: list[Any] = []
+        named = list(stack.blocks(transformer))
+        self._blocks = [ArrangedBlock(block, stack, streams, self._copies) for _, block, streams in named]
+        for (name, _, _), block in zip(named, self._blocks, strict=True):
+            block.layers = [layer for layer in layers if layer.name.startswith(f"{name}.")]
+        kind = type(transformer).__name__
+        self._reason: str | None = None
+        if stack.by_token is None:
+            self._reason = f"nothing says that the blocks of {kind} take tokens in any order"
+        elif any(block.counts for block in self._blocks):
+            self._reason = f"the blocks of this {kind} count the tokens of the first frame"
+        self._known: dict[tuple[Curve, TokenGrid, torch.device], Rows] = {}
+        self.notes: list[str] = []
+        self._attached = False
+
+    def attach(self) -> list[Any]:
+        """Hook the blocks; the handles."""
+        curved = any(ramps.at(layer.config).curve for block in self._blocks for layer in block.layers)
+        self._attached = curved and self._reason is None
+        return [handle for block in self._blocks for handle in block.attach()] if self._attached else []
+
+    def end(self) -> None:
+        """Permute nothing until `begin`."""
+        self._copies.clear()
+        for block in self._blocks:
+            block.set(None)
+
+    def begin(self, layout: CallLayout, device: torch.device, last: Last) -> None:
+        """Decide for a sparse call which blocks are in runs.
+
+        Args:
+            last: of the engine, for this call.
+        """
+        curves = [self._curve(block, last) for block in self._blocks]
+        if not any(curves):
+            return
+        reason = self._reason or self._obstacle(layout)
+        if reason is not None:
+            note = f"tokens are permuted in each layer: {reason}"
+            self.notes += [note] if note not in self.notes else []
+            return
+        if not self._attached:  # settings that have no curve by their field `order`
+            return
+        if self._cache is not None:
+            curves[0] = curves[-1] = None
+        for place, (block, curve) in enumerate(zip(self._blocks, curves, strict=True)):
+            if curve is not None:
+                first = place == 0 or curves[place - 1] != curve
+                block.set(self._rows(curve, layout, device), first, curves[place + 1 : place + 2] != [curve])
+
+    def _curve(self, block: ArrangedBlock, last: Last) -> Curve | None:
+        """The curve of a block whose only self-attention is sparse along one."""
+        if len(block.layers) != 1:
+            return None
+        (layer,) = block.layers
+        known = last.get(layer.kind) if layer.dense_reason is None and layer.left is None else None
+        plan = known[0] if isinstance(known, tuple) else None
+        return plan.curve if isinstance(plan, RoutedPlan) else None
+
+    def _rows(self, curve: Curve, layout: CallLayout, device: torch.device) -> Rows:
+        key = curve, layout.grid, device
+        if key not in self._known:
+            grid = layout.grid if self._with_text else dataclasses.replace(layout.grid, text=0)
+            others = {known: rows for known, rows in self._known.items() if known[1:] == key[1:]}
+            with building():
+                rows, places = rows_along(curve, grid)
+            self._known = others | {key: (rows.to(device), places.to(device))}
+        return self._known[key]
+
+    def _obstacle(self, layout: CallLayout) -> str | None:
+        """Why this call's tokens cannot be permuted between blocks; None if they can."""
+        transformer, cache = self._transformer, self._cache
+        theirs = present_cache(transformer) if cache is None else None
+        if context_parallel.config_of(transformer) is not None:
+            return "processes share them"
+        if layout.rows is not None:
+            return "the sequence is not in the order of its grid"
+        if cache is not None and not cache.reads_ends_alone:
+            return f"{cache.cache} keeps what is between the ends of the blocks"
+        if theirs is not None:
+            return f"a step cache that is not the accelerator's ({theirs}) may keep them"
+        if any(block.compiled for block in self._blocks):
+            return "blocks that are compiled one by one would need graphs for the first, the last and the others"
+        return None
