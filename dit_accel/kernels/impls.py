@@ -3,7 +3,7 @@
 A new back end is one module and one row of `ROWS`; code outside the package calls `add`. No other code compares the
 name of an implementation: `choose` decides once per call, and passes its row on.
 
-A module of kernel "block_sparse" has these functions, on `block_sparse.geometry.BlockSparseCall`::
+A module of kernel "block_sparse" has these functions, on `block_sparse.geometry.BlockSparseInputs`::
 
     forward(call) -> out, lse
     backward(grad_out, grad_lse, out, lse, call) -> dq, dk, dv
@@ -24,13 +24,13 @@ It is differentiable in q, k, v and the projection::
     forward(q, k, v, topk, skip, call) -> out, critical
 
 An implementation of kernel "block_sparse" may have another module, `tail`, which computes attention with the tail in
-one kernel, with these functions on a `tail.reference.TailedCall`; see `tail.ops`::
+one kernel, with these functions on a `tail.reference.TailedInputs`; see `tail.ops`::
 
     forward(call, cuts) -> out, lse, share
     listed_part(call, cuts) -> what this implementation's `backward` takes
     add_gradients(gradients, grad_out, grad_lse, out, lse, call, cuts)
 
-A module of kernel "tail" computes it beside an exact part, on a `tail.reference.TailCall`; see `tail.api.with_tail`::
+A module of kernel "tail" computes it beside an exact part, on a `tail.reference.TailInputs`; see `tail.api.with_tail`::
 
     forward(call) -> out, lse
     backward(grad_out, grad_lse, out, lse, call) -> dq, dk, dv, dexact, dexact_lse

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse import dense, portable
-from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, Segments
+from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseInputs, Geometry, Segments
 from dit_accel.kernels.block_sparse.held import Held, Runs
 from dit_accel.pipelines.sharding import exchange
 from dit_accel.plans.plan import Plan, PlanArguments
@@ -158,8 +158,8 @@ class RingAttention:
         firsts = grid.visual, grid.visual + grid.conditioning
         return tuple((a + first, b + first) for (a, b), first in zip((conditioning, text), firsts, strict=True))
 
-    def call(self, q: Tensor, k: Tensor, v: Tensor) -> BlockSparseCall:
-        return BlockSparseCall(q, k, v, self.lists, self.segments, self.geometry, self.scale)
+    def call(self, q: Tensor, k: Tensor, v: Tensor) -> BlockSparseInputs:
+        return BlockSparseInputs(q, k, v, self.lists, self.segments, self.geometry, self.scale)
 
     def parts(self) -> tuple[Held, Held]:
         """What visual queries attend to in this process, and what all text and conditioning queries do."""

@@ -19,7 +19,7 @@ from dit_accel.kernels.block_sparse.api import (
     opened,
     pack,
 )
-from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, Segments
+from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseInputs, Geometry, Segments
 from dit_accel.kernels.impls import AUTO, Impl
 from dit_accel.kernels.obstacles import Facts
 from dit_accel.order import TokenOrder
@@ -133,7 +133,7 @@ class StaticPlan(Plan):
             self._ready[key] = chosen, lists, opened(lists, self.geometry, chosen.packing)
         chosen, lists, views = self._ready[key]
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        blocks_call = BlockSparseCall(q, k, v, lists, segments, self.geometry, scale)
+        blocks_call = BlockSparseInputs(q, k, v, lists, segments, self.geometry, scale)
         check_tensors(blocks_call)
         return attend_checked(chosen, blocks_call, views)[0]
 

@@ -18,7 +18,7 @@ from triton.runtime.jit import create_function_from_signature
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse import geometry, triton_places
 from dit_accel.kernels.block_sparse import triton as block_sparse
-from dit_accel.kernels.block_sparse.geometry import BlockSparseCall
+from dit_accel.kernels.block_sparse.geometry import BlockSparseInputs
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.jit import GluonKernel, TritonKernel, any_integer, kernel
 from dit_accel.kernels.sla import triton as sla
@@ -99,7 +99,7 @@ def test_block_sparse_kernels_are_compiled_once(binaries, text, tables):
         counts = torch.nn.functional.pad(counts, (0, blocks - len(counts)))
         sizes = geometry.Geometry((1, 1, tokens), (1, 1, tokens), BLOCK, BLOCK, None, None, 0, text, own_queries=False)
         given = geometry.BlockLists(lists, counts, tables=tables)
-        call = BlockSparseCall(q, k, v, given, geometry.Segments(), sizes, 0.125)
+        call = BlockSparseInputs(q, k, v, given, geometry.Segments(), sizes, 0.125)
         out, lse = block_sparse.forward(call)
         block_sparse.backward(grad, lse, out, lse, call)
     assert {name: len(keys) for name, keys in binaries.keys.items()} == {

@@ -19,7 +19,7 @@ import dit_accel
 from dit_accel.kernels import impls, obstacles, tuning
 from dit_accel.kernels.block_sparse import triton as block_sparse
 from dit_accel.kernels.block_sparse import triton_lists
-from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Segments
+from dit_accel.kernels.block_sparse.geometry import BlockSparseInputs, Segments
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.jit import kernel
 
@@ -135,7 +135,7 @@ def test_a_call_of_a_static_plan_fills_nothing(device, monkeypatch, text_first, 
     lists = plan.lists(q.device, impls.named("triton").packing)
     segments = Segments(text_len=None if lengths is None else torch.tensor(lengths, dtype=torch.int32))
     with Operations() as seen:
-        block_sparse.forward(BlockSparseCall(q, k, v, lists, segments, plan.geometry, 0.125))
+        block_sparse.forward(BlockSparseInputs(q, k, v, lists, segments, plan.geometry, 0.125))
     assert set(seen.names) == {"aten::as_strided", "aten::new_empty", "aten::transpose.int"}
     assert seen.names.count("aten::new_empty") == 3
     assert len(device.launched) == 2
@@ -201,7 +201,7 @@ def test_a_repeated_gluon_call_differs_in_its_results_alone(device, monkeypatch)
     views = triton_lists.opened(lists, plan.geometry)
     q, k, v = (torch.zeros(1, grid.tokens, 2, 64, dtype=torch.float16).transpose(1, 2) for _ in range(3))
     for given in (lists, views, views, views):
-        out, lse = gluon.forward(BlockSparseCall(q, k, v, given, Segments(), plan.geometry, 0.125))
+        out, lse = gluon.forward(BlockSparseInputs(q, k, v, given, Segments(), plan.geometry, 0.125))
         assert (out.shape, out.stride(), lse.shape, lse.dtype) == (q.shape, q.stride(), q.shape[:3], torch.float32)
 
     def tensor(x):

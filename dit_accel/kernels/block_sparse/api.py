@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode as traced
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import (
     BlockLists,
-    BlockSparseCall,
+    BlockSparseInputs,
     Geometry,
     Segments,
     cut_blocks,
@@ -78,7 +78,7 @@ def attend_blocks(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    call = BlockSparseCall(q, k, v, lists, segments, geometry, 1.0 if scale is None else float(scale))
+    call = BlockSparseInputs(q, k, v, lists, segments, geometry, 1.0 if scale is None else float(scale))
     check_call(call)
     check_bias(call, text_bias)
     if scale is None:
@@ -105,7 +105,7 @@ def gradients_follow(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def attend_checked(
-    chosen: Implementation, call: BlockSparseCall, opened: BlockLists | None = None
+    chosen: Implementation, call: BlockSparseInputs, opened: BlockLists | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """`attend_blocks` without its checks; `opened` are the lists for a call outside the custom op.
 
@@ -190,7 +190,7 @@ def opened(lists: BlockLists, geometry: Geometry, packing: str | None) -> BlockL
     return lists if take_apart is None else take_apart(lists, geometry)
 
 
-def attend_padding(call: BlockSparseCall, impl: Impl) -> tuple[Tensor, Tensor]:
+def attend_padding(call: BlockSparseInputs, impl: Impl) -> tuple[Tensor, Tensor]:
     """All queries over the text behind `text_len`: output [B, H, Nq, D] and LSE [B, H, Nq]."""
     q, k, v, _, segments, geometry, scale = call
     text_start, text_len = segments.text_start, segments.text_len
@@ -213,7 +213,7 @@ def attend_padding(call: BlockSparseCall, impl: Impl) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def check_bias(call: BlockSparseCall, text_bias: Tensor | None) -> None:
+def check_bias(call: BlockSparseInputs, text_bias: Tensor | None) -> None:
     if text_bias is None:
         return
     want, text_len = (call.q.shape[0], call.q.shape[2]), call.segments.text_len
@@ -254,7 +254,7 @@ def merge(
     return merged, torch.where(empty, lse, torch.logaddexp(lse, biased.masked_fill(empty, 0.0)))
 
 
-def check_call(call: BlockSparseCall) -> None:
+def check_call(call: BlockSparseInputs) -> None:
     """Refuse wrong shapes, dtypes and devices, without waiting for the device."""
     _check_geometry(call.geometry)
     check_tensors(call)
@@ -264,7 +264,7 @@ def check_call(call: BlockSparseCall) -> None:
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def check_tensors(call: BlockSparseCall) -> None:
+def check_tensors(call: BlockSparseInputs) -> None:
     """The part of `check_call` that a plan's own lists and geometry leave."""
     q, k, v, _, segments, geometry, _ = call
     if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
@@ -351,7 +351,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE [B, H, Nq]."""
     records = indices, counts, partial, tables, packed, visual_start, conditioning_start, text_start, text_len
-    return named(impl).load().forward(BlockSparseCall.unpack((q, k, v, *records, geometry, scale)))
+    return named(impl).load().forward(BlockSparseInputs.unpack((q, k, v, *records, geometry, scale)))
 
 
 @attention_forward.register_fake
@@ -371,7 +371,7 @@ def attention_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each laid out in memory as [B, N, H, D]; `tensors` are those of `attention_forward`."""
-    call = BlockSparseCall.unpack((*tensors, geometry, scale))
+    call = BlockSparseInputs.unpack((*tensors, geometry, scale))
     return named(impl).load_gradients().backward(grad_out, grad_lse, out, lse, call)
 
 

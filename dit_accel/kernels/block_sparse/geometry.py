@@ -172,7 +172,7 @@ class Geometry:
         return self.orders[1]
 
 
-class BlockSparseCall(NamedTuple):
+class BlockSparseInputs(NamedTuple):
     """A call, as every implementation takes it.
 
     q: [B, H, Nq, D]; k, v: [B, H, Nk, D]; any strides.
@@ -193,7 +193,7 @@ class BlockSparseCall(NamedTuple):
         return *self[:3], *self.lists, *self.segments, self.geometry.pack(), self.scale
 
     @classmethod
-    def unpack(cls, flat: Sequence[Any]) -> BlockSparseCall:
+    def unpack(cls, flat: Sequence[Any]) -> BlockSparseInputs:
         """The inverse of `pack`."""
         q, k, v, *records, geometry, scale = flat
         return cls(q, k, v, BlockLists(*records[:5]), Segments(*records[5:]), Geometry.unpack(geometry), scale)

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall
+from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseInputs
 from dit_accel.kernels.impls import Implementation
 
 MOST, LEAST = 16, 0.9  # pieces, and the share of the time that they must come down to
@@ -20,7 +20,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def pieces_of(call: BlockSparseCall, chosen: Implementation) -> int:
+def pieces_of(call: BlockSparseInputs, chosen: Implementation) -> int:
     """In how many pieces a call's lists are done first; known from shapes, without waiting for the device."""
     if not chosen.cuts:  # only those with a largest block have a program for each list
         return 1
@@ -42,7 +42,7 @@ def fastest(rows: int, width: int, programs: int) -> int:
     return best if blocks(best) < LEAST * blocks(1) else 1
 
 
-def in_pieces(call: BlockSparseCall, pieces: int) -> BlockSparseCall:
+def in_pieces(call: BlockSparseInputs, pieces: int) -> BlockSparseInputs:
     """A call whose queries come once for each piece of their list, piece by piece.
 
     Args:

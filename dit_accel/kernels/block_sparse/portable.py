@@ -31,7 +31,7 @@ from dit_accel.kernels.block_sparse import dense
 from dit_accel.kernels.block_sparse.dense import Rows, empty_output, rows_first, zeros_spread
 from dit_accel.kernels.block_sparse.geometry import (
     BlockLists,
-    BlockSparseCall,
+    BlockSparseInputs,
     Geometry,
     Placement,
     Predicate,
@@ -46,7 +46,7 @@ GROUP_BYTES = 32 << 20  # of queries, keys and values of a group; above, its hea
 preparations, held_preparations = PreparationCache(), PreparationCache(HELD_ENTRIES)
 
 
-def forward(call: BlockSparseCall, held: Held | None = None) -> tuple[Tensor, Tensor]:
+def forward(call: BlockSparseInputs, held: Held | None = None) -> tuple[Tensor, Tensor]:
     """Output [B, H, Nq, D], in memory [B, Nq, H, D], and LSE [B, H, Nq].
 
     With `held` rows are the held tokens, lists have no head axis, and of `call.segments` `text_len` alone counts.
@@ -83,7 +83,7 @@ def backward(
     grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    call: BlockSparseCall,
+    call: BlockSparseInputs,
     held: Held | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in memory [B, N, H, D]; `out` and `lse` may come from more keys than the call has."""
@@ -110,7 +110,7 @@ def backward(
     return grads
 
 
-def _prepared(call: BlockSparseCall, held: Held | None) -> tuple[Sequence[Placement | HeldPlacement], list[Batch]]:
+def _prepared(call: BlockSparseInputs, held: Held | None) -> tuple[Sequence[Placement | HeldPlacement], list[Batch]]:
     """Where each sample's rows lie, and the batches."""
     q, k, _, lists, segments, geometry, _ = call
     if held is None:
@@ -143,7 +143,7 @@ def _problems(
                 yield slice(head, head + some_heads), rows_q[chunk], rows_k[chunk], mask, batch.merged
 
 
-def _forward_by_head(call: BlockSparseCall, places: list[Placement]) -> tuple[Tensor, Tensor]:
+def _forward_by_head(call: BlockSparseInputs, places: list[Placement]) -> tuple[Tensor, Tensor]:
     """As `forward`, with lists [B, H, q_blocks, width]."""
     q, k, v, lists, _, geometry, scale = call
     out, lse = empty_output(q)
@@ -169,7 +169,7 @@ def _backward_by_head(
     grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    call: BlockSparseCall,
+    call: BlockSparseInputs,
     places: list[Placement],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `backward`, with lists [B, H, q_blocks, width]."""

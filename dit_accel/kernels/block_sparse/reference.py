@@ -8,7 +8,7 @@ from torch import Tensor
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels.block_sparse.geometry import (
     BlockLists,
-    BlockSparseCall,
+    BlockSparseInputs,
     Geometry,
     query_placement,
     read_placements,
@@ -82,7 +82,7 @@ def token_mask(lists: BlockLists, geometry: Geometry) -> Tensor:
     return mask
 
 
-def forward(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
+def forward(call: BlockSparseInputs) -> tuple[Tensor, Tensor]:
     """Masked dense attention by plain autograd, in fp64 for fp64 inputs and in fp32 otherwise.
 
     Returns:

@@ -18,7 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse.geometry import BlockSparseCall
+from dit_accel.kernels.block_sparse.geometry import BlockSparseInputs
 from dit_accel.kernels.block_sparse.triton_backward import (
     block_sparse_bwd_kernel_dkdv,
     block_sparse_bwd_kernel_dq,
@@ -49,7 +49,7 @@ INTERPRETED = isinstance(block_sparse_fwd_kernel, InterpretedFunction)
 WORD_PROGRAMS = 16  # programs that share a list's partial blocks
 
 
-def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(call: BlockSparseInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE fp32 [B, H, Nq].
 
     A call like an earlier one of the same plan, which has opened its lists, repeats the earlier one's launches.
@@ -91,7 +91,7 @@ class PlanLaunches(NamedTuple):
     samples: SampleSegments
     others: Any
 
-    def prepare(self, call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor, Lists, SampleSegments]:
+    def prepare(self, call: BlockSparseInputs) -> tuple[torch.Tensor, torch.Tensor, Lists, SampleSegments]:
         """Output [B, N, H, D] and LSE [B, H, N] to be written; the lists with their words, and the segments."""
         q, _, _, lists, segments, _, _ = call
         entries, places, spans = lists.packed[0]
@@ -110,7 +110,7 @@ _PLAN_LAUNCHES: dict[Any, PlanLaunches] = {}
 MOST_PLANS = 256
 
 
-def plan_key(call: BlockSparseCall) -> tuple[Any, ...] | None:
+def plan_key(call: BlockSparseInputs) -> tuple[Any, ...] | None:
     """What the launches of a call depend on; None unless a plan has opened the lists for calls to come."""
     q, k, v, lists, segments, geometry, scale = call
     if not isinstance(lists.packed, tuple):
@@ -126,7 +126,7 @@ def _lists(places: torch.Tensor, ordered: OrderedLists, words: torch.Tensor, per
 
 
 def backward(
-    grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, call: BlockSparseCall
+    grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, call: BlockSparseInputs
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each [B, H, N, D] laid out in memory as [B, N, H, D]."""
     grad_out = tuning.contiguous_rows(grad_out)
@@ -148,7 +148,7 @@ def backward(
 class BlockSparseLaunches:
     """What the kernels of one call share: both sides, the segments of samples, and compile-time constants."""
 
-    def __init__(self, call: BlockSparseCall, *others: torch.Tensor) -> None:
+    def __init__(self, call: BlockSparseInputs, *others: torch.Tensor) -> None:
         """`others`: further tensors [B, H, N, D] that the kernels read."""
         q, k, v, self.lists, segments, geometry, self.scale = call
         self.geometry = geometry

@@ -13,7 +13,7 @@ import triton
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse.geometry import BlockSparseCall
+from dit_accel.kernels.block_sparse.geometry import BlockSparseInputs
 from dit_accel.kernels.block_sparse.triton import BlockSparseLaunches
 from dit_accel.kernels.block_sparse.triton8_kernels import (
     block_sparse_8_fwd_kernel,
@@ -41,7 +41,7 @@ class Quantised(NamedTuple):
     scales: torch.Tensor
 
 
-def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(call: BlockSparseInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE fp32 [B, H, Nq]."""
     shared = BlockSparseLaunches(call)
     quantised, (out, lse) = quantise(call, shared), shared.empty_outputs(call.q)
@@ -58,7 +58,7 @@ def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def backward(
-    grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, call: BlockSparseCall
+    grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, call: BlockSparseInputs
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """There is none.
 
@@ -68,7 +68,7 @@ def backward(
     raise DitAccelError("impl='triton8' has no gradients: it rounds q and k to 8 bits. Use impl='auto' to train.")
 
 
-def quantise(call: BlockSparseCall, shared: BlockSparseLaunches) -> Quantised:
+def quantise(call: BlockSparseInputs, shared: BlockSparseLaunches) -> Quantised:
     """The keys and values of a call, in three launches. Nothing waits for the device."""
     _, k, v, *_ = call
     batch, heads, tokens, _ = k.shape

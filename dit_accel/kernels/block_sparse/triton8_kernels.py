@@ -15,7 +15,7 @@ from dit_accel.kernels.block_sparse.triton_tokens import (
     key_list,
     load_rows,
     locate,
-    own_block,
+    program_block,
     query_segments,
     rows_of_head,
     segments_of,
@@ -48,7 +48,7 @@ def steps_of(peak):
 
 
 @triton.jit
-def own_keys(k, v, segments, keys, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+def program_keys(k, v, segments, keys, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
              BLOCK_K: tl.constexpr, TILE_K: tl.constexpr):  # fmt: skip
     """Keys and values of this program's block, fp32 [BLOCK_K, BLOCK_D], and the rows and validity of its slots."""
     i_bh = tl.program_id(1)
@@ -65,7 +65,7 @@ def key_value_sums_kernel(
 ):  # fmt: skip
     """Of each block the sum of its keys, and its values' largest magnitudes: fp32 [B H, blocks, 2, BLOCK_D]."""
     segments = segments_of(tl.program_id(1) // heads, samples)
-    b_k, b_v, _rows, _valid = own_keys(k, v, segments, keys, heads, D, BLOCK_D, ALIGN, BLOCK_K, TILE_K)
+    b_k, b_v, _rows, _valid = program_keys(k, v, segments, keys, heads, D, BLOCK_D, ALIGN, BLOCK_K, TILE_K)
     p_sums = sums + (tl.program_id(1).to(tl.int64) * keys.blocks + tl.program_id(0)) * 2 * BLOCK_D
     p_sums += tl.arange(0, BLOCK_D)
     tl.store(p_sums, tl.sum(b_k, 0))
@@ -111,7 +111,7 @@ def quantise_kernel(
     """
     i_bh, o_d = tl.program_id(1), tl.arange(0, BLOCK_D)
     segments = segments_of(i_bh // heads, samples)
-    b_k, b_v, rows, valid = own_keys(k, v, segments, keys, heads, D, BLOCK_D, ALIGN, BLOCK_K, TILE_K)
+    b_k, b_v, rows, valid = program_keys(k, v, segments, keys, heads, D, BLOCK_D, ALIGN, BLOCK_K, TILE_K)
     p_scales = scales + i_bh * 3 * BLOCK_D + o_d
     b_k = tl.where(valid[:, None], b_k - tl.load(p_scales)[None, :], 0.0)
     factor, step = steps_of(tl.max(tl.max(tl.abs(b_k), 1), 0))
@@ -147,7 +147,7 @@ def block_sparse_8_fwd_kernel(
         lists, samples: `Lists` and `SampleSegments`.
         keys, queries: a `Side` each.
     """
-    i_q, i_bh = own_block(queries.blocks, queries, BLOCK_Q)
+    i_q, i_bh = program_block(queries.blocks, queries, BLOCK_Q)
     segments = segments_of(i_bh // heads, samples)
     starts = query_segments(segments, samples, queries.text)
     rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
@@ -166,7 +166,7 @@ def block_sparse_8_fwd_kernel(
     )  # fmt: skip
     acc, b_lse = finalize(acc, m - PEAK, l)
     # All of this is computed anew, so that the loops hold none of it.
-    i_q, i_bh = own_block(tl.num_programs(0), queries, BLOCK_Q)
+    i_q, i_bh = program_block(tl.num_programs(0), queries, BLOCK_Q)
     rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
     mean = scales + i_bh * 3 * BLOCK_D
     acc *= tl.load(mean + 2 * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]

@@ -18,8 +18,8 @@ from dit_accel.kernels.block_sparse.triton_tokens import (
     load_words,
     locate,
     occupied,
-    own_block,
     places_in,
+    program_block,
     query_segments,
     rows_at,
     rows_of_head,
@@ -115,7 +115,7 @@ def block_sparse_bwd_kernel_dq(
     Padding keys are loaded as 0 and so add nothing. Also writes delta [B, H, Nq], fp32, which the kernel of dk and dv
     reads for the rows of the same blocks.
     """
-    i_q, i_bh = own_block(queries.blocks, queries, BLOCK_Q)
+    i_q, i_bh = program_block(queries.blocks, queries, BLOCK_Q)
     segments = segments_of(i_bh // heads, samples)
     starts = query_segments(segments, samples, queries.text)
     slot_q = tl.arange(0, BLOCK_Q)
@@ -137,7 +137,7 @@ def block_sparse_bwd_kernel_dq(
     )  # fmt: skip
 
     # Recomputed from the grid to shorten the live range of `rows`; otherwise they spill.
-    i_q, i_bh = own_block(tl.num_programs(0), queries, BLOCK_Q)
+    i_q, i_bh = program_block(tl.num_programs(0), queries, BLOCK_Q)
     rows, valid, _raster = locate(i_q, slot_q, starts, queries, BLOCK_Q, TILE_Q)
     store_rows_of_head(dq, rows, valid, sums[0] * scale, i_bh, heads, queries.tokens, D, BLOCK_D)
 
@@ -154,7 +154,7 @@ def block_sparse_bwd_kernel_dkdv(
     `visits` are `Visits`; other arguments as in the dq kernel. A query block is taken in steps of STEP rows. Padding
     keys need no mask: their rows of dk and dv are not stored.
     """
-    i_k, i_bh = own_block(keys.blocks, keys, BLOCK_K)
+    i_k, i_bh = program_block(keys.blocks, keys, BLOCK_K)
     segments = segments_of(i_bh // heads, samples)
     slot_k = tl.arange(0, BLOCK_K)
     rows, valid, _raster = locate(i_k, slot_k, segments, keys, BLOCK_K, TILE_K)
@@ -173,7 +173,7 @@ def block_sparse_bwd_kernel_dkdv(
     # Recomputed, as in the dq kernel. Text that is no key has gradients of 0.
     visual_start, conditioning_start, text_start, text_len = segments
     padded = SegmentRows(visual_start, conditioning_start, text_start, keys.text)
-    i_k, i_bh = own_block(tl.num_programs(0), keys, BLOCK_K)
+    i_k, i_bh = program_block(tl.num_programs(0), keys, BLOCK_K)
     rows, there, _raster = locate(i_k, slot_k, padded, keys, BLOCK_K, TILE_K)
     valid = there & ((rows < text_start + text_len) | (rows >= text_start + keys.text))
     store_rows_of_head(

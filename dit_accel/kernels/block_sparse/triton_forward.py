@@ -17,8 +17,8 @@ from dit_accel.kernels.block_sparse.triton_tokens import (
     load_words,
     locate,
     occupied,
-    own_block,
     places_in,
+    program_block,
     query_segments,
     rows_at,
     rows_of_head,
@@ -216,7 +216,7 @@ def block_sparse_fwd_kernel(
         lists, samples: `Lists` and `SampleSegments`.
         keys, queries: a `Side` each.
     """
-    i_q, i_bh = own_block(queries.blocks, queries, BLOCK_Q)
+    i_q, i_bh = program_block(queries.blocks, queries, BLOCK_Q)
     segments = segments_of(i_bh // heads, samples)
     starts = query_segments(segments, samples, queries.text)
     rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
@@ -230,7 +230,7 @@ def block_sparse_fwd_kernel(
     )  # fmt: skip
     acc, b_lse = finalize(acc, m, l)
     # Recomputed from the grid to shorten the live range of `rows`; otherwise they spill.
-    i_q, i_bh = own_block(tl.num_programs(0), queries, BLOCK_Q)
+    i_q, i_bh = program_block(tl.num_programs(0), queries, BLOCK_Q)
     rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
     store_rows_of_head(out, rows, valid, acc, i_bh, heads, queries.tokens, D, BLOCK_D)
     tl.store(lse + i_bh.to(tl.int64) * queries.tokens + rows, b_lse, mask=valid)

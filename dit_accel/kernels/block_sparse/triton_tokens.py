@@ -174,13 +174,13 @@ def occupied(corner, first, side, TILE: tl.constexpr):
 
 
 @triton.jit
-def own_number():
+def program_number():
     """This program's number, counted over the first two axes of the grid: blocks and heads."""
     return tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
 
 
 @triton.jit
-def own_program(number, heads, visual, dense):
+def block_and_head(number, heads, visual, dense):
     """The block and the head of a program by its number; each head has `visual` blocks, and then `dense` ones.
 
     Dense blocks have the longest lists. Those of all heads come first, so that no long program begins when most of the
@@ -195,10 +195,10 @@ def own_program(number, heads, visual, dense):
 
 
 @triton.jit
-def own_block(blocks, side, BLOCK: tl.constexpr):
+def program_block(blocks, side, BLOCK: tl.constexpr):
     """This program's block of one side, and its head, counted over all samples; each head has `blocks`."""
     dense = tl.cdiv(side.conditioning, BLOCK) + tl.cdiv(side.text, BLOCK)
-    return own_program(own_number(), tl.num_programs(1), blocks - dense, dense)
+    return block_and_head(program_number(), tl.num_programs(1), blocks - dense, dense)
 
 
 @triton.jit

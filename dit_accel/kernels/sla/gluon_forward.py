@@ -25,8 +25,8 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     item_at,
     list_of,
     over_samples,
-    own_number,
     part_of,
+    program_number,
     put,
     query_of,
 )
@@ -64,7 +64,7 @@ def produce_both(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: of each item queries, keys and values, then the table, which is a step without values."""
-    number = own_number()
+    number = program_number()
     turn = number * 0
     first = number * 0
     while number < queue.items:

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from dit_accel.kernels.block_sparse.api import merge
 from dit_accel.kernels.tail.ops import attention_with_tail
-from dit_accel.kernels.tail.reference import TailCall, in_tail
+from dit_accel.kernels.tail.reference import TailInputs, in_tail
 
 
-def forward(call: TailCall) -> tuple[Tensor, Tensor]:
+def forward(call: TailInputs) -> tuple[Tensor, Tensor]:
     """See `api.with_tail`; PyTorch differentiates it."""
     q, k, v, exact, exact_lse, lists, dropped, geometry, scale = call
     outside = ~in_tail(lists, dropped, geometry.key_order.blocks)

@@ -18,13 +18,13 @@ from dit_accel.kernels.block_sparse.api import (
     merge,
     visual_call,
 )
-from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, empty_rows
+from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseInputs, Geometry, empty_rows
 from dit_accel.kernels.cuts import visual_of
 from dit_accel.kernels.gradients import register_gradients
 from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.kernels.tail.ops import attention_with_tail
 from dit_accel.kernels.tail.portable import correction
-from dit_accel.kernels.tail.reference import TailCall
+from dit_accel.kernels.tail.reference import TailInputs
 from dit_accel.order import TokenOrder
 
 # A traced call can only take modules that are loaded.
@@ -90,7 +90,7 @@ def attend_with_tail(
         return out, lse, -torch.expm1(exact_lse - lse) if share else None
     visual, scale = key_order.grid.visual_rows, q.shape[-1] ** -0.5 if scale is None else float(scale)
     queries, listed, geometry, segments = visual_call(q, lists, query_order, key_order, text_lens)
-    call, bias = BlockSparseCall(queries, k, v, listed, segments, geometry, scale), None
+    call, bias = BlockSparseInputs(queries, k, v, listed, segments, geometry, scale), None
     check_call(call)
     if text_bias is not None:
         bias = text_bias[:, visual]
@@ -135,7 +135,7 @@ def with_tail(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v = (visual_of(x, key_order.grid) for x in (q, k, v))
     geometry = Geometry.of_visual(query_order, key_order)
-    call = TailCall(q, k, v, exact, exact_lse, lists, dropped, geometry, scale)
+    call = TailInputs(q, k, v, exact, exact_lse, lists, dropped, geometry, scale)
     _check(call)
     gradients = gradients_follow(q, k, v)
     facts = Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order, gradients=gradients)
@@ -165,7 +165,7 @@ def with_first_order(
     return out + (share[..., None] * correction(q, k, v, visual, scale)).to(out.dtype)
 
 
-def _check(call: TailCall) -> None:
+def _check(call: TailInputs) -> None:
     q, k, v, exact, exact_lse, lists, dropped, geometry, _ = call
     visual = geometry.key_order.grid.visual
     if not q.shape == k.shape == v.shape == exact.shape or q.ndim != 4 or q.shape[2] != visual:
@@ -210,7 +210,7 @@ def tail_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, visual, D], laid out in memory as [B, visual, H, D], and LSE [B, H, visual]; see `with_tail`."""
     lists = BlockLists(indices, counts)
-    call = TailCall(q, k, v, exact, exact_lse, lists, dropped, Geometry.unpack(geometry), scale)
+    call = TailInputs(q, k, v, exact, exact_lse, lists, dropped, Geometry.unpack(geometry), scale)
     return impls.named(impl, impls.TAIL).load().forward(call)
 
 
@@ -235,7 +235,7 @@ def tail_backward(
     `tensors` are those of `tail_forward`.
     """
     *taken, indices, counts, dropped = tensors
-    call = TailCall(*taken, BlockLists(indices, counts), dropped, Geometry.unpack(geometry), scale)  # type: ignore
+    call = TailInputs(*taken, BlockLists(indices, counts), dropped, Geometry.unpack(geometry), scale)  # type: ignore
     return impls.named(impl, impls.TAIL).load().backward(grad_out, grad_lse, out, lse, call)
 
 

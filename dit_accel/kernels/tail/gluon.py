@@ -8,14 +8,14 @@ from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.gluon import launches as engine
 from dit_accel.kernels.block_sparse.gluon.copies import KEYS
 from dit_accel.kernels.tail.gluon_forward import tail_gluon_fwd_kernel
-from dit_accel.kernels.tail.reference import TailedCall
+from dit_accel.kernels.tail.reference import TailedInputs
 from dit_accel.kernels.tail.triton import Cuts, TailLaunches, add_gradients, listed_part
 from dit_accel.kernels.tuning import RASTER
 
 __all__ = ["add_gradients", "forward", "listed_part"]
 
 
-def forward(call: TailedCall, cuts: Cuts) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: TailedInputs, cuts: Cuts) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.attention_with_tail`."""
     exact, pseudo = listed_part(call, cuts), TailLaunches(call, cuts).pseudo_keys()
     launches = engine.GluonLaunches(exact)

@@ -19,8 +19,8 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     item_at,
     list_of,
     over_samples,
-    own_number,
     part_of,
+    program_number,
     query_of,
 )
 from dit_accel.kernels.block_sparse.gluon.forward import attend_part, rows_of_part
@@ -71,7 +71,7 @@ def produce_with_tail(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: of each item queries, listed keys and values, then the tail, which is never empty."""
-    number = own_number()
+    number = program_number()
     turn = number * 0
     first = number * 0
     while number < queue.items:

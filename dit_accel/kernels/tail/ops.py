@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels import impls
-from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, Segments, empty_rows
+from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseInputs, Geometry, Segments, empty_rows
 from dit_accel.kernels.gradients import register_gradients
-from dit_accel.kernels.tail.reference import TailedCall
+from dit_accel.kernels.tail.reference import TailedInputs
 
 STATISTICS = torch.float32  # of LSE and share
 
@@ -92,12 +92,12 @@ def _(grad_out, grad_lse, grad_share, out, lse, part, tensors, *rest):
     return tuple(empty_rows(x) for x in tensors[:3])
 
 
-def _call(tensors: Sequence[Tensor | None], geometry: Sequence[int], scale: float, share: bool) -> TailedCall:
+def _call(tensors: Sequence[Tensor | None], geometry: Sequence[int], scale: float, share: bool) -> TailedInputs:
     q, k, v, indices, counts, dropped, text_len = tensors
     lists = BlockLists(indices, counts)  # type: ignore[arg-type]
     segments = Segments(text_len=text_len)
-    exact = BlockSparseCall(q, k, v, lists, segments, Geometry.unpack(geometry), scale)  # type: ignore[arg-type]
-    return TailedCall(exact, dropped, share)
+    exact = BlockSparseInputs(q, k, v, lists, segments, Geometry.unpack(geometry), scale)  # type: ignore[arg-type]
+    return TailedInputs(exact, dropped, share)
 
 
 register_gradients(attention_with_tail, attention_with_tail_backward)

@@ -12,11 +12,11 @@ from torch import Tensor
 from dit_accel.kernels.block_sparse import dense
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, empty_rows
 from dit_accel.kernels.cuts import block_means, to_blocks
-from dit_accel.kernels.tail.reference import TailCall, in_tail
+from dit_accel.kernels.tail.reference import TailInputs, in_tail
 from dit_accel.order import TokenOrder, valid_tokens
 
 
-def forward(call: TailCall) -> tuple[Tensor, Tensor]:
+def forward(call: TailInputs) -> tuple[Tensor, Tensor]:
     """See `api.with_tail`."""
     q, k, v, exact, exact_lse, lists, dropped, geometry, scale = call
     out, lse = empty_rows(exact), exact_lse.new_empty(exact_lse.shape)
@@ -29,7 +29,7 @@ def forward(call: TailCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, call: TailCall
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, call: TailInputs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `api.tail_backward`; README.md has the equations."""
     q, k, v, exact, exact_lse, lists, dropped, geometry, scale = call

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry
+from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseInputs, Geometry
 from dit_accel.kernels.cuts import block_means
 from dit_accel.order import valid_tokens
 
 
-class TailCall(NamedTuple):
+class TailInputs(NamedTuple):
     """Visual tokens, and the part of their attention that is exact.
 
     q, k, v: [B, H, visual, D] in model order, any strides.
@@ -34,20 +34,20 @@ class TailCall(NamedTuple):
     scale: float
 
 
-class TailedCall(NamedTuple):
+class TailedInputs(NamedTuple):
     """Attention of the visual queries with the tail, for implementations that compute both in one kernel.
 
     exact: over listed blocks, conditioning and text; its queries are the visual tokens, in a grid of their own.
-    dropped: as of `TailCall`.
+    dropped: as of `TailInputs`.
     share: whether the tail's share of every row's weights is wanted.
     """
 
-    exact: BlockSparseCall
+    exact: BlockSparseInputs
     dropped: Tensor | None
     share: bool
 
 
-def forward(call: TailCall) -> tuple[Tensor, Tensor]:
+def forward(call: TailInputs) -> tuple[Tensor, Tensor]:
     """See `api.with_tail`; by plain autograd, in fp64 for fp64 inputs and in fp32 otherwise.
 
     The exact part is one more entry of a row: its logit is `exact_lse`, its value `exact`.

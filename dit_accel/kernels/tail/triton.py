@@ -16,13 +16,13 @@ import triton
 from torch import Tensor
 
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Segments, cut_blocks
+from dit_accel.kernels.block_sparse.geometry import BlockSparseInputs, Segments, cut_blocks
 from dit_accel.kernels.block_sparse.triton import BlockSparseLaunches, run
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.obstacles import GROUP
 from dit_accel.kernels.records import PseudoKeys
 from dit_accel.kernels.tail.portable import spread
-from dit_accel.kernels.tail.reference import TailedCall
+from dit_accel.kernels.tail.reference import TailedInputs
 from dit_accel.kernels.tail.triton_kernels import (
     outside_kernel,
     pseudo_keys_kernel,
@@ -38,7 +38,7 @@ MEANS = Launch(warps=4, stages=1, step=64)
 Cuts = Mapping[str, int]  # `impls.Implementation.cuts`
 
 
-def forward(call: TailedCall, cuts: Cuts) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: TailedInputs, cuts: Cuts) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.attention_with_tail`."""
     exact, pseudo = listed_part(call, cuts), TailLaunches(call, cuts).pseudo_keys()
     launches = BlockSparseLaunches(exact)
@@ -56,7 +56,7 @@ def forward(call: TailedCall, cuts: Cuts) -> tuple[Tensor, Tensor, Tensor]:
 
 def add_gradients(
     gradients: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor,
-    call: TailedCall, cuts: Cuts,
+    call: TailedInputs, cuts: Cuts,
 ) -> None:  # fmt: skip
     """Add the tail's part to the listed keys' gradients of q [B, H, visual, D], k and v [B, H, N, D].
 
@@ -80,13 +80,13 @@ def add_gradients(
         visual_rows(gradient, call).add_(spread((of_blocks / held).to(q.dtype), launches.key_order))
 
 
-def visual_rows(x: Tensor, call: TailedCall) -> Tensor:
+def visual_rows(x: Tensor, call: TailedInputs) -> Tensor:
     """The visual tokens of keys, values or their gradients [B, H, N, D]: a view."""
     geometry = call.exact.geometry
     return x.narrow(2, geometry.usual[0], geometry.key_order.grid.visual)
 
 
-def listed_part(call: TailedCall, cuts: Cuts) -> BlockSparseCall:
+def listed_part(call: TailedInputs, cuts: Cuts) -> BlockSparseInputs:
     """The call over the lists, with contiguous rows, in blocks that the kernels take."""
     q, k, v, lists, _, geometry, _ = call.exact
     lists, geometry = cut_blocks(lists, geometry, cuts)
@@ -100,12 +100,12 @@ class TailLaunches(BlockSparseLaunches):
     Query blocks are cut as for the lists. Key blocks are whole, since each is one pseudo-key.
     """
 
-    def __init__(self, call: TailedCall, cuts: Cuts, *others: Tensor) -> None:
+    def __init__(self, call: TailedInputs, cuts: Cuts, *others: Tensor) -> None:
         exact, dropped = call.exact, call.dropped
         uncut = dataclasses.replace(exact.geometry, conditioning=0, text=0, text_first=False)
         lists, geometry = cut_blocks(exact.lists, uncut, {"block_q": cuts.get("block_q", uncut.block_q)})
         q, k, v = (tuning.contiguous_rows(x) for x in (exact.q, *(visual_rows(x, call) for x in exact[1:3])))
-        self.call = BlockSparseCall(q, k, v, lists, Segments(), geometry, exact.scale)
+        self.call = BlockSparseInputs(q, k, v, lists, Segments(), geometry, exact.scale)
         super().__init__(self.call, *others)
         if dropped is not None and geometry != uncut:
             dropped = dropped[:, :, uncut.query_order.cut(geometry.block_q, q.device)[1]]

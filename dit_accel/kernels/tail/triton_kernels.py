@@ -22,7 +22,7 @@ from dit_accel.kernels.block_sparse.triton_tokens import (
     key_list,
     load_rows,
     locate,
-    own_block,
+    program_block,
     query_segments,
     rows_of,
     rows_of_head,
@@ -119,7 +119,7 @@ def tail_fwd_kernel(
         share: fp32 [B, H, N], written with HAS_SHARE: the share of the tail in a row's weights.
         pseudo: `records.PseudoKeys`.
     """
-    i_q, i_bh = own_block(queries.blocks, queries, BLOCK_Q)
+    i_q, i_bh = program_block(queries.blocks, queries, BLOCK_Q)
     segments = segments_of(i_bh // heads, samples)
     starts = query_segments(segments, samples, queries.text)
     rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
@@ -134,7 +134,7 @@ def tail_fwd_kernel(
     acc, m, l, listed = over_pseudo_keys(acc, m, l, b_q, pseudo, outside, i_bh, base_2, D, BLOCK_D, STEP)  # noqa: E741
     acc, b_lse = finalize(acc, m, l)
     # Recomputed from the grid to shorten the live range of `rows`; otherwise they spill.
-    i_q, i_bh = own_block(tl.num_programs(0), queries, BLOCK_Q)
+    i_q, i_bh = program_block(tl.num_programs(0), queries, BLOCK_Q)
     rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
     store_rows_of_head(out, rows, valid, acc, i_bh, heads, queries.tokens, D, BLOCK_D)
     place = i_bh.to(tl.int64) * queries.tokens + rows

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.kernels.block_sparse import dense, portable
-from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Segments
+from dit_accel.kernels.block_sparse.geometry import BlockSparseInputs, Segments
 
 SLIDING = ("gna", {"window": (2, 3, 4)})
 BLOCKED = ("gna", {"window": (2, 4, 4), "stride": (2, 4, 4)})
@@ -241,7 +241,9 @@ def test_memory_grows_with_tokens_not_with_their_square(make_problem, topk):
     tiles = {"tile_q": (2, 4, 8), "tile_k": (2, 4, 8)}
     problem = make_problem((8, 16, 32), heads=1, dim=8, block_q=64, block_k=64, topk=topk, **tiles, **method)
     geometry, tokens = problem.geometry(), problem.q.shape[2]
-    call = BlockSparseCall(problem.q, problem.k, problem.v, problem.block_lists(), Segments(), geometry, problem.scale)
+    call = BlockSparseInputs(
+        problem.q, problem.k, problem.v, problem.block_lists(), Segments(), geometry, problem.scale
+    )
     with _Largest() as largest:
         out, lse = portable.forward(call)
         portable.backward(problem.grad_out, None, out, lse, call)

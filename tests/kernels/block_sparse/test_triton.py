@@ -18,7 +18,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse import reference
 from dit_accel.kernels.block_sparse.api import pack
-from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, Segments
+from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseInputs, Geometry, Segments
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 
@@ -145,7 +145,7 @@ def test_words_are_the_predicate_bit_by_bit(make_problem, case):
     geometry, options = problem.geometry(), problem.options
     here = problem.to("cuda") if NATIVE else problem
     lists = triton_lists.order_lists(here.block_lists(), geometry)
-    call = BlockSparseCall(here.q, here.k, here.v, here.block_lists(), Segments(), geometry, 1.0)
+    call = BlockSparseInputs(here.q, here.k, here.v, here.block_lists(), Segments(), geometry, 1.0)
     words = triton.BlockSparseLaunches(call).with_words(lists).words.cpu()
     bits = (words[..., None] >> torch.arange(64)) & 1  # [blocks, words, BLOCK_Q, 64]
     bits = bits.transpose(1, 2).flatten(2)[..., : geometry.block_k].bool()

@@ -7,10 +7,10 @@ pytest.importorskip("triton")
 
 from dit_accel.kernels.block_sparse import triton as engine
 from dit_accel.kernels.block_sparse.api import visual_call
-from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall
+from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseInputs
 from dit_accel.kernels.block_sparse.triton_configs import fitting
 from dit_accel.kernels.tail import triton
-from dit_accel.kernels.tail.reference import TailedCall
+from dit_accel.kernels.tail.reference import TailedInputs
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
 from tools.kernels import tail as declared
@@ -39,10 +39,12 @@ def launched(monkeypatch):
             rows = 1, 1, orders[0].blocks
             lists = BlockLists(torch.zeros(*rows, 3, dtype=torch.int32), torch.ones(rows, dtype=torch.int32))
             queries, lists, geometry, segments = visual_call(q, lists, *orders, None)
-            exact = BlockSparseCall(queries, q, q, lists, segments, geometry, 0.1)
+            exact = BlockSparseInputs(queries, q, q, lists, segments, geometry, 0.1)
             for share in (False, True):
-                triton.forward(TailedCall(exact, None, share), {})
-            triton.add_gradients((q.clone(), q.clone(), q.clone()), q, lse, q, lse, TailedCall(exact, None, False), {})
+                triton.forward(TailedInputs(exact, None, share), {})
+            triton.add_gradients(
+                (q.clone(), q.clone(), q.clone()), q, lse, q, lse, TailedInputs(exact, None, False), {}
+            )
     return found
 
 

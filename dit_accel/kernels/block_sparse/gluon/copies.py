@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from dit_accel.kernels.block_sparse.triton_tokens import key_list, own_program, query_segments, segments_of
+from dit_accel.kernels.block_sparse.triton_tokens import block_and_head, key_list, query_segments, segments_of
 from dit_accel.kernels.records import Corner, KeyList, Lists, SampleSegments
 from dit_accel.order import TokenOrder
 
@@ -19,7 +19,7 @@ copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_sh
 ROWS = gl.constexpr(64)  # of a consumer: what one matrix instruction of a warpgroup takes
 KEYS = gl.constexpr(128)  # of a step: one block, or two of 64
 RUN = gl.constexpr(1 << 30)  # rows of a run's third axis
-OWN_NUMBER = gl.constexpr(
+PROGRAM_NUMBER = gl.constexpr(
     "{ .reg .u32 x, y, n; mov.u32 x, %ctaid.x; mov.u32 y, %ctaid.y; mov.u32 n, %nctaid.x; mad.lo.u32 $0, y, n, x; }"
 )
 
@@ -129,40 +129,40 @@ class Walk(NamedTuple):
 
 
 @gluon.jit
-def own_number():
-    """This program's number in its sample. The assembler sees a new number in each call, as in `own_sample`.
+def program_number():
+    """This program's number in its sample. The assembler sees a new number in each call, as in `program_sample`.
 
     Otherwise it divides before the warps part, and holds what follows from the number in registers of all of them.
     """
-    return gl.inline_asm_elementwise(OWN_NUMBER, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    return gl.inline_asm_elementwise(PROGRAM_NUMBER, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def own_sample():
+def program_sample():
     """This program's sample."""
     return gl.inline_asm_elementwise("mov.u32 $0, %ctaid.z;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def own_item(problem):
+def program_item(problem):
     """The item of a program that has one."""
-    block, head = own_program(own_number(), problem.heads, problem.queries.visual_blocks, problem.dense)
-    return Item(block, head, own_sample())
+    block, head = block_and_head(program_number(), problem.heads, problem.queries.visual_blocks, problem.dense)
+    return Item(block, head, program_sample())
 
 
 @gluon.jit
 def item_at(number, all_heads, problem):
     """The item of a number, counted over all heads of all samples."""
-    block, head = own_program(number, all_heads, problem.queries.visual_blocks, problem.dense)
+    block, head = block_and_head(number, all_heads, problem.queries.visual_blocks, problem.dense)
     sample = head // problem.heads
     return Item(block, head - sample * problem.heads, sample)
 
 
 @gluon.jit
-def own_key_block(problem):
+def program_key_block(problem):
     """The same for the kernel of dk and dv."""
     visual = problem.keys.visual_blocks
-    return own_program(own_number(), problem.heads, visual, problem.width - visual)
+    return block_and_head(program_number(), problem.heads, visual, problem.width - visual)
 
 
 @gluon.jit
@@ -256,15 +256,15 @@ def put(x, where, buffer, PART: gl.constexpr, PARTS: gl.constexpr, TILE: gl.cons
 
 
 @gluon.jit
-def own_segments(problem):
+def program_segments(problem):
     """Where this program's sample's keys begin, and where its text ends."""
-    return segments_of(own_sample(), problem)
+    return segments_of(program_sample(), problem)
 
 
 @gluon.jit
-def own_query_segments(problem):
+def program_query_segments(problem):
     """The same for this program's sample's queries."""
-    return query_segments(own_segments(problem), problem, problem.query_text)
+    return query_segments(program_segments(problem), problem, problem.query_text)
 
 
 @gluon.jit

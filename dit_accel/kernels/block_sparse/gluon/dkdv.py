@@ -29,10 +29,10 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     head_read,
     head_written,
     over_samples,
-    own_key_block,
-    own_query_segments,
-    own_segments,
     part_of,
+    program_key_block,
+    program_query_segments,
+    program_segments,
     put,
 )
 from dit_accel.kernels.block_sparse.triton_tokens import LOG2E
@@ -48,7 +48,7 @@ class KeyBuffers(NamedTuple):
     q: Any
     g: Any
     sums: Any
-    own_full: Any
+    keys_full: Any
     full: Any
     empty: Any
     sums_full: Any
@@ -66,11 +66,11 @@ class KeyVisits(NamedTuple):
 
 
 @gluon.jit
-def own_keys(problem, text, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr):
+def program_keys(problem, text, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr):
     """Where this program's key block lies in a segment of `text` tokens, if it is one of text."""
-    visual_start, conditioning_start, text_start, _text_len = own_segments(problem)
+    visual_start, conditioning_start, text_start, _text_len = program_segments(problem)
     segments = SegmentRows(visual_start, conditioning_start, text_start, text)
-    block, _head = own_key_block(problem)
+    block, _head = program_key_block(problem)
     return corner_at(block, segments, problem.keys, BLOCK_K, TILE_K)
 
 
@@ -96,12 +96,12 @@ def produce(
     PART_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: own keys and values, then the units of the listed query blocks, in order."""
-    mbarrier.expect(buffers.own_full.index(0), 2 * BLOCK_K * D * 2)
+    mbarrier.expect(buffers.keys_full.index(0), 2 * BLOCK_K * D * 2)
     for part in gl.static_range(BLOCK_K // ROWS):
-        where = part_of(own_keys(problem, text_len, BLOCK_K, TILE_K), part, TILE_K)
-        fetch(k, where, buffers.own_full.index(0), buffers.k.index(part), 0, 1, ROWS, PART_K, D)
-        fetch(v, where, buffers.own_full.index(0), buffers.v.index(part), 0, 1, ROWS, PART_K, D)
-    segments = own_query_segments(problem)
+        where = part_of(program_keys(problem, text_len, BLOCK_K, TILE_K), part, TILE_K)
+        fetch(k, where, buffers.keys_full.index(0), buffers.k.index(part), 0, 1, ROWS, PART_K, D)
+        fetch(v, where, buffers.keys_full.index(0), buffers.v.index(part), 0, 1, ROWS, PART_K, D)
+    segments = program_query_segments(problem)
     place = gl.load(visits.places + gl.maximum(gl.minimum(visits.first, visits.last - 1), 0))
     for i in range(visits.first, visits.last):
         next_place = gl.load(visits.places + gl.minimum(i + 1, visits.last - 1))
@@ -188,7 +188,7 @@ def summed(
     dv = gl.zeros([ROWS, D], gl.float32, A)
     base_2 = scale * LOG2E
     turns = (visits.last - visits.first) * (2 // STRIDE)
-    mbarrier.wait(buffers.own_full.index(0), 0)
+    mbarrier.wait(buffers.keys_full.index(0), 0)
     if turns > 0:
         mbarrier.wait(buffers.full.index(FIRST), 0)
         seen, operand, dk, dv, block = turn(
@@ -213,13 +213,13 @@ def write(
 ):  # fmt: skip
     """Write gradients of 64 keys, through a buffer that nothing reads any more. Text that is no key has 0."""
     A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    where = part_of(own_keys(problem, text_len, BLOCK_K, TILE_K), PART, TILE_K)
+    where = part_of(program_keys(problem, text_len, BLOCK_K, TILE_K), PART, TILE_K)
     slots = where.place + gl.arange(0, ROWS, gl.SliceLayout(1, A))
     values = gl.where((where.is_visual | (slots < where.size))[:, None], values, 0.0)
     buffer.store(values.to(buffer.dtype))
     fence_async_shared()
     put(
-        x, part_of(own_keys(problem, problem.usual.text_len, BLOCK_K, TILE_K), PART, TILE_K),
+        x, part_of(program_keys(problem, problem.usual.text_len, BLOCK_K, TILE_K), PART, TILE_K),
         buffer, 0, 1, PART_K, D,
     )  # fmt: skip
 
@@ -265,7 +265,7 @@ def allocated(DTYPE: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGE
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
     )
-    mbarrier.init(buffers.own_full.index(0), count=1)
+    mbarrier.init(buffers.keys_full.index(0), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(buffers.full.index(stage), count=1)
         mbarrier.init(buffers.empty.index(stage), count=BLOCK_K // ROWS)
@@ -291,9 +291,9 @@ def block_sparse_gluon_dkdv_kernel(
         distances: `copies.Distances` of q, g, k and v.
         PART_K: the tile of 64 keys that a copy brings, (0, 0, 0) for raster order.
     """
-    text_len = own_segments(problem).text_len
-    block, i_h = own_key_block(problem)
-    i_b = gl.program_id(2)  # with `own_sample` a loop spills at 128 x 128
+    text_len = program_segments(problem).text_len
+    block, i_h = program_key_block(problem)
+    i_b = gl.program_id(2)  # with `program_sample` a loop spills at 128 x 128
     head = over_samples(i_b, i_h, problem)
     firsts = visits.firsts + head * visits.per_head * (2 * problem.width + 1) + 2 * block
     first, clean, last = gl.load(firsts), gl.load(firsts + 1), gl.load(firsts + 2)

@@ -28,8 +28,8 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     head_written,
     list_of,
     over_samples,
-    own_item,
     part_of,
+    program_item,
     put,
     query_of,
 )
@@ -47,7 +47,7 @@ def produce(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: queries, gradients and outputs of both consumers, then keys and values."""
-    item = own_item(problem)
+    item = program_item(problem)
     where_q = query_of(item, problem, TILE_Q)
     for part in gl.static_range(2):
         where = part_of(where_q, part, TILE_Q)
@@ -110,7 +110,7 @@ def consume(
     P: gl.constexpr = gl.DotOperandLayout(0, A, 2)
     q, g, o = buffers.q.index(PART), buffers.q.index(2 + PART), buffers.q.index(4 + PART)
     rows, valid = rows_of_part(
-        part_of(query_of(own_item(problem), problem, TILE_Q), PART, TILE_Q), problem.queries, HALF, S
+        part_of(query_of(program_item(problem), problem, TILE_Q), PART, TILE_Q), problem.queries, HALF, S
     )
     row_lse = gl.load(lse + rows, mask=valid, other=float("inf")) * LOG2E
     row_lse = gl.where(row_lse == float("-inf"), float("inf"), row_lse)
@@ -118,12 +118,12 @@ def consume(
     mbarrier.wait(buffers.q_full.index(PART), 0)
     products = gl.sum(o.load(A).to(gl.float32) * g.load(A).to(gl.float32), 1)
     delta = gl.convert_layout(products, gl.SliceLayout(1, S)) - delta
-    unit = own_item(problem).block * 2 + PART
+    unit = program_item(problem).block * 2 + PART
     slots = unit * (2 * ROWS) + gl.arange(0, ROWS, gl.SliceLayout(1, S))
     gl.store(statistics + slots, row_lse)
     gl.store(statistics + ROWS + slots, delta)
 
-    walk = list_of(own_item(problem), 0, problem, BLOCK_K)
+    walk = list_of(program_item(problem), 0, problem, BLOCK_K)
     steps = end_of(walk, BLOCK_K)
     fixed = q, g, row_lse, delta, scale * LOG2E, walk, problem, buffers
     acc = gl.zeros([ROWS, D], gl.float32, A)
@@ -139,7 +139,7 @@ def consume(
         acc = warpgroup_mma_wait(0, deps=(summed,))
     o.store((acc * scale).to(q.dtype))
     fence_async_shared()
-    put(dq, part_of(query_of(own_item(problem), problem, TILE_Q), PART, TILE_Q), o, 0, 1, HALF, D)
+    put(dq, part_of(query_of(program_item(problem), problem, TILE_Q), PART, TILE_Q), o, 0, 1, HALF, D)
     tma.store_wait(0)
 
 
@@ -160,7 +160,7 @@ def block_sparse_gluon_dq_kernel(
         distances: `copies.Distances` of q, g, o, k and v.
         scale: of the logits, in base e.
     """
-    item = own_item(problem)
+    item = program_item(problem)
     q = head_read(q_tile, q_run, distances[0], item.sample, item.head)
     g = head_read(g_tile, g_run, distances[1], item.sample, item.head)
     o = head_read(o_tile, o_run, distances[2], item.sample, item.head)

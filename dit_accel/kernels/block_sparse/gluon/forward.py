@@ -34,8 +34,8 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     item_at,
     list_of,
     over_samples,
-    own_number,
     part_of,
+    program_number,
     query_of,
 )
 from dit_accel.kernels.block_sparse.gluon.items import (
@@ -60,7 +60,7 @@ def produce(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: `produce_item` of each item. An empty list has a step without keys: its buffer is the output's."""
-    number = own_number()
+    number = program_number()
     turn = number * 0
     first = number * 0
     while number < queue.items:

@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse.geometry import BlockSparseCall, Shape
+from dit_accel.kernels.block_sparse.geometry import BlockSparseInputs, Shape
 from dit_accel.kernels.block_sparse.gluon.copies import KEYS, Distances, GluonProblem, TiledSide
 from dit_accel.kernels.block_sparse.gluon.dkdv import block_sparse_gluon_dkdv_kernel
 from dit_accel.kernels.block_sparse.gluon.dq import block_sparse_gluon_dq_kernel
@@ -38,7 +38,7 @@ STAGES_DQ, STAGES_DKDV = 2, 4  # of dk and dv: units of 64 queries and gradients
 LAUNCH = Launch(4, STAGES, KEYS.value, registers=168)  # 12 warps in all; the kernel shares registers out
 
 
-def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(call: BlockSparseInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE fp32 [B, H, Nq].
 
     A tensor that the copy engine cannot address is copied, and so is q if the scale is not above 0.
@@ -82,7 +82,7 @@ def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def backward(
-    grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, call: BlockSparseCall
+    grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, call: BlockSparseInputs
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each [B, H, N, D] laid out in memory as [B, N, H, D]; the same bits in every run."""
     q, k, v, _, _, geometry, scale = call

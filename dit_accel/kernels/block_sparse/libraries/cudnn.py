@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels.block_sparse.geometry import BlockSparseCall
+from dit_accel.kernels.block_sparse.geometry import BlockSparseInputs
 from dit_accel.kernels.block_sparse.libraries import rows
 
 
@@ -37,7 +37,7 @@ class Gathered(NamedTuple):
     arguments: dict[str, Any]
 
 
-def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(call: BlockSparseInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE [B, H, Nq] in fp32."""
     from cudnn import BSA
 
@@ -53,7 +53,7 @@ def backward(
     grad_lse: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    call: BlockSparseCall,
+    call: BlockSparseInputs,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v [B, H, N, D], laid out in memory as [B, N, H, D].
 
@@ -80,7 +80,7 @@ def _in_memory(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def gather(call: BlockSparseCall) -> Gathered:
+def gather(call: BlockSparseInputs) -> Gathered:
     """How the tokens and lists of a call reach the library.
 
     Raises:

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseCall, Geometry, Predicate
+from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseInputs, Geometry, Predicate
 from dit_accel.kernels.block_sparse.libraries.rows import key_rows, put, query_rows, take
 from dit_accel.order import TokenOrder
 
@@ -50,7 +50,7 @@ class Codes(NamedTuple):
     words: torch.Tensor | None
 
 
-def forward(call: BlockSparseCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+def forward(call: BlockSparseInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output [B, H, Nq, D], laid out in memory as [B, Nq, H, D], and LSE [B, H, Nq]; None where there is none."""
     q, k, v, lists, segments, geometry, scale = call
     codes = read_codes(lists, geometry) if lists.packed is None else split(lists.packed, geometry)
