@@ -1,9 +1,9 @@
 """Milliseconds that a call should take on an H200, part by part: `python -m tools.kernels.predict [--rows FILE]`.
 
-The model of the exact part is that of the log: a program costs `PROGRAM` microseconds and a step of 128 keys `STEP`, a
-masked step `MASKED` more, and programs in launch order go to the next free multiprocessor. All other parts are bytes
-over the memory's bandwidth and operations over a rate. Nothing here is a measurement: with the rows of a run, the table
-has the measured milliseconds beside the predicted ones, so that a wrong prediction is seen.
+The model of the exact part is that of the log: a query block costs `START` microseconds and a step of 128 keys `STEP`,
+a masked step `MASKED` more, and query blocks in launch order go to the next free multiprocessor. All other parts are
+bytes over the memory's bandwidth and operations over a rate. Nothing here is a measurement: with the rows of a run, the
+table has the measured milliseconds beside the predicted ones, so that a wrong prediction is seen.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from dit_accel.plans.static import MaskPlan
 from dit_accel.plans.tailed import TailedPlan
 
 MULTIPROCESSORS = 132
-PROGRAM, STEP, MASKED = 8.0, 1.85, 0.3  # microseconds; D = 128, 128 queries, from the rows of 2026-11-22
+STEP, MASKED = 1.85, 0.3  # microseconds; D = 128, 128 queries, from the rows of 2026-11-22
+START, PROGRAM = 3.0, 8.0  # microseconds of an item: a guess for programs that load the next one early; of those rows
 KEYS = 128  # of a step
 BANDWIDTH = 4.8e12  # bytes a second
 FP32, DENSE = 50e12, 610e12  # operations a second: of plain fp32 instructions, and of cuDNN's dense attention
@@ -48,13 +49,14 @@ PARTS = ("router", "lists", "exact", "tail", "text")
 
 
 class Item(NamedTuple):
-    """One query block of one head: the steps that its program takes, and how many of them are masked."""
+    """One query block of one head: the steps that it takes, and how many of them are masked."""
 
     steps: int
     masked: int
 
-    def milliseconds(self, head_dim: int) -> float:
-        return (PROGRAM + self.steps * STEP * head_dim / 128 + self.masked * MASKED) / 1000
+    def milliseconds(self, head_dim: int, start: float) -> float:
+        """Of all steps, behind `start` microseconds."""
+        return (start + self.steps * STEP * head_dim / 128 + self.masked * MASKED) / 1000
 
 
 class Prediction(NamedTuple):
@@ -84,8 +86,8 @@ def dense_ms(shape: Shape) -> float:
     return 4 * shape.tokens**2 * shape.head_dim * shape.heads / DENSE * 1000
 
 
-def steps_of(plan: MaskPlan) -> list[Item]:
-    """The query blocks of one head of a static plan: those of text first, as they are launched."""
+def steps_of(plan: MaskPlan) -> tuple[list[Item], list[Item]]:
+    """The query blocks of one head of a static plan: those of text, and the visual ones."""
     mask = plan.block_mask()
     blocks = mask.key_order.visual_blocks
     whole = torch.zeros(mask.key_order.blocks, dtype=torch.bool)
@@ -98,18 +100,17 @@ def steps_of(plan: MaskPlan) -> list[Item]:
         for count, unmasked in zip(mask.kv_counts.tolist(), pure.sum(-1).tolist(), strict=True)
     ]
     visual = mask.query_order.visual_blocks
-    return items[visual:] + items[:visual]
+    return items[visual:], items[:visual]
 
 
-def static_prediction(plan: MaskPlan, shape: Shape) -> Prediction:
+def static_prediction(plan: MaskPlan, shape: Shape, start: float) -> Prediction:
     """Of a plan whose lists follow from the grid: one launch, the text rows of all heads first."""
-    items = steps_of(plan)
-    text = len(items) - math.ceil(plan.grid.visual / 128) if plan.grid.text else 0
-    order = items[:text] * shape.heads + items[text:] * shape.heads
-    return Prediction(None, None, makespan(item.milliseconds(shape.head_dim) for item in order), None, None)
+    text, visual = steps_of(plan)
+    order = text * shape.heads + visual * shape.heads
+    return Prediction(None, None, makespan(item.milliseconds(shape.head_dim, start) for item in order), None, None)
 
 
-def routed_prediction(plan: RoutedPlan, shape: Shape, share: float) -> Prediction:
+def routed_prediction(plan: RoutedPlan, shape: Shape, share: float, start: float) -> Prediction:
     """Of a plan whose rows list `share` of the visual key blocks, and the text behind them."""
     queries, keys, grid = plan.query_order, plan.key_order, plan.grid
     rows = queries.visual_blocks * shape.heads
@@ -121,13 +122,13 @@ def routed_prediction(plan: RoutedPlan, shape: Shape, share: float) -> Predictio
     lists = rows * listed * 2 * 4 / BANDWIDTH * 1000 + LAUNCH
     text_steps = math.ceil(grid.text / KEYS)
     item = Item(math.ceil(listed * keys.block / KEYS) + text_steps, text_steps)
-    exact = makespan([item.milliseconds(shape.head_dim)] * rows)
+    exact = makespan([item.milliseconds(shape.head_dim, start)] * rows)
     text = None
     if grid.text:
         text_rows = math.ceil(grid.text / 128) * shape.heads
         count = fastest(text_rows, 2 * math.ceil(grid.tokens / KEYS), MULTIPROCESSORS)
         item = Item(math.ceil(grid.tokens / KEYS / count), math.ceil(text_steps / count))
-        text = makespan([item.milliseconds(shape.head_dim)] * (text_rows * count)) + PIECES * (count > 1)
+        text = makespan([item.milliseconds(shape.head_dim, start)] * (text_rows * count)) + PIECES * (count > 1)
     return Prediction(router, lists, exact, _others(plan, shape, read, rows), text)
 
 
@@ -135,22 +136,23 @@ def _others(plan: RoutedPlan, shape: Shape, read: float, rows: int) -> float | N
     """What becomes of the blocks that are not listed: pseudo-keys and their steps, or SLA's state and its product."""
     if isinstance(plan, TailedPlan):
         steps = Item(math.ceil(plan.key_order.visual_blocks / KEYS), math.ceil(plan.key_order.visual_blocks / KEYS))
-        longest = steps.milliseconds(shape.head_dim) - PROGRAM / 1000
-        return 2 * read + longest * math.ceil(rows / MULTIPROCESSORS) if plan.has_tail else None
+        further = steps.milliseconds(shape.head_dim, 0) * math.ceil(rows / MULTIPROCESSORS)
+        return 2 * read + further if plan.has_tail else None
     return 2 * read + LAUNCH
 
 
-def predict(shape: Shape, target: Target) -> Prediction:
-    """Of a forward call in bf16 on an H200.
+def predict(shape: Shape, target: Target, start: float = START) -> Prediction:
+    """Of a forward call in bf16 on an H200; `start` are an item's microseconds beside its steps.
 
     Raises:
         OutOfReach: the method comes not near enough to the density.
     """
     plan = target.setting_on(shape.grid).plan(shape.grid)
     if isinstance(plan, MaskPlan):
-        return static_prediction(plan, shape)
+        return static_prediction(plan, shape, start)
     assert isinstance(plan, RoutedPlan)
-    return routed_prediction(plan, shape, plan.config.topk if target.density is None else target.density)
+    share = plan.config.topk if target.density is None else target.density
+    return routed_prediction(plan, shape, share, start)
 
 
 def measured(rows: Sequence[dict[str, Any]], shape: Shape, target: Target) -> float | None:
