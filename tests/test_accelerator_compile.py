@@ -340,7 +340,9 @@ def test_the_operator_passes_opcheck(gated):
         gates = [torch.randn(2, 60, 24, requires_grad=gradients)] if gated else []
         tests = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(
-            attention.planned_attention, (q, k, v, layer.key, gates, [], None, False, gradients), test_utils=tests
+            attention.planned_attention,
+            (q, k, v, layer.key, gates, [], None, False, False, gradients),
+            test_utils=tests,
         )
 
 
@@ -350,7 +352,7 @@ def test_a_compiled_model_whose_accelerator_is_gone():
     del layer
     q = torch.randn(1, 2, 3, 4)
     with pytest.raises(dit_accel.DitAccelError, match=names("accelerator")):
-        attention.planned_attention(q, q, q, key, [], [], None, False, False)
+        attention.planned_attention(q, q, q, key, [], [], None, False, False, False)
 
 
 @pytest.mark.parametrize(("family", "id", "strict"), [("wan", "t2v", True), ("flux", "chroma", False)])

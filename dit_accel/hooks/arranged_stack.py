@@ -152,7 +152,8 @@ class ArrangedStack(AtWork):
 
     def attach(self) -> list[Any]:
         """Hook the blocks; the handles."""
-        curved = any(ramps.at(layer.config).curve for block in self._blocks for layer in block.layers)
+        configs = [layer.config for block in self._blocks for layer in block.layers if layer.config is not None]
+        curved = any(ramps.at(config).curve for config in configs)
         self._attached = curved and self._reason is None
         return [handle for block in self._blocks for handle in block.attach()] if self._attached else []
 

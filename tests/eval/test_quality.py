@@ -146,7 +146,7 @@ class TestResults:
         outcome = evaluate("--method", GNA, "--guidance", 1e38, "--require", "psnr>=20")
         assert outcome.status == 2
         line = outcome.err.splitlines()[-1]
-        assert "WanPipeline made NaN or infinite values, first in step 1, transformer.blocks.0." in line
+        assert "WanPipeline produced NaN or infinite values, first in step 1, transformer.blocks.0." in line
         assert not list((tmp_path / "out").rglob("*.safetensors")) and not (tmp_path / "out" / "summary.json").exists()
 
     def test_too_few_images_leave_a_metric_out(self, evaluate, tmp_path, monkeypatch, clip_folder):
