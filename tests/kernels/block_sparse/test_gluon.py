@@ -124,7 +124,7 @@ WAIT_K = "mbarrier.wait(buffers.k_empty.index(stage), phase ^ 1)"
 RELEASE_K = "            release_keys(i, end, buffers, STAGES, KEEP)\n"
 RELEASE_LAST = "        mbarrier.arrive(buffers.v_empty.index(last), count=1)\n"
 RELEASE_V = "            mbarrier.arrive(buffers.v_empty.index(before), count=1)\n"
-WAIT_S = "            scores = warpgroup_mma_wait(1, deps=(scores,))\n"
+WAIT_S = "            scores = biased(warpgroup_mma_wait(1, deps=(scores,)), i"
 WAIT_V = "            mbarrier.wait(buffers.v_full.index(before), (i - 1) // STAGES & 1)\n"
 ANY = {"deadlock", "error", "nan", "other"}
 FAULTS = {
