@@ -235,7 +235,7 @@ ROWS = (
     _portable(TAIL),
     # For attention that does not take the tail.
     _of_triton(
-        TAIL, obstacles.tail_alone, head_dims=256, cuts=_BOTH, module=f"{__package__}.{TAIL}.alone", autograd=True
+        TAIL, obstacles.tail_alone, head_dims=256, cuts=_BOTH, module=f"{__package__}.{TAIL}.ops", autograd=True
     ),
 )
 _TABLE: dict[tuple[str, str], Implementation] = {(row.kernel, row.name): row for row in ROWS}

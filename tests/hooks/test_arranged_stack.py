@@ -5,45 +5,14 @@ import pytest
 import torch
 from accelerated_runs import train
 from accelerated_state import state_of
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-from diffusers.hooks import FirstBlockCacheConfig, apply_group_offloading
+from arranged_stacks import BUILD, FIRST, SETTINGS, SOL, call_of, of_steps, over_families, where
+from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 from tiny_models import get, module, run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_accel
-from dit_accel.hooks.arranged_stack import ArrangedStack
-
-# 315 visual tokens, of which no block size is a divisor
-SETTINGS = {
-    "sol": {"block": 16, "block_q": 16, "order": "morton", "tail": "hybrid"},
-    "sparge": {"topk": 0.3, "topp": 0.1, "block": 16, "block_q": 16, "order": "hilbert"},
-    "rectified": {"block": 16, "block_q": 16, "topp": 0.0, "order": "hilbert"},
-    "proxy": {"block": 16, "order": "morton"},  # with a gate of the queries
-}
-SOL = SETTINGS["sol"]
-BUILD = {
-    "wan": lambda: module("wan").build(layers=4),
-    "hunyuan_video": lambda: module("hunyuan_video").build(num_layers=2, num_single_layers=2),
-    "ltx": lambda: module("ltx").build(num_layers=4),
-    "minimax_h3": lambda: module("minimax_h3").build(num_layers=4),
-}
-FIRST = {"wan": "t2v", "hunyuan_video": "t2v", "ltx": "t2v", "minimax_h3": "ref2va"}
-over_families = pytest.mark.parametrize("family", BUILD)
-
-
-@pytest.fixture
-def in_each_layer(monkeypatch):
-    """A function's result as it is, and with every layer permuting its own tokens."""
-
-    def both(work):
-        arranged = work()
-        with monkeypatch.context() as patch:
-            patch.setattr(ArrangedStack, "begin", lambda *arguments: None)
-            return arranged, work()
-
-    return both
 
 
 class Gathers(TorchDispatchMode):
@@ -57,25 +26,6 @@ class Gathers(TorchDispatchMode):
         if func is torch.ops.aten.index_select.default and self.tokens & set(args[0].shape):
             self.shapes.append(tuple(args[0].shape))
         return func(*args, **(kwargs or {}))
-
-
-def call_of(family, step=0):
-    call = get(family, FIRST[family]).call()
-    return call | {"hidden_states": call["hidden_states"] * (1 + step / 20)}
-
-
-def of_steps(family, accel, transformer, steps=6):
-    """Outputs of a run of so many steps."""
-    outputs = []
-    for step in range(steps):
-        accel.set_step(step, steps)
-        outputs.append(run(transformer, call_of(family, step)))
-    return torch.stack(outputs)
-
-
-def where(accel):
-    """Where the tokens of each layer were permuted."""
-    return [set(layer.permuted) for layer in accel.report().layers]
 
 
 @pytest.mark.parametrize("method", SETTINGS)
@@ -179,36 +129,6 @@ def test_dense_steps_and_paused_runs_are_the_models_own(in_each_layer):
     assert state_of(transformer) == before and torch.equal(run(transformer, tiny.call()), plain)
 
 
-@pytest.mark.parametrize("schedule", [{"dense_steps": 1}, {"dense_steps": 1, "dense_last_steps": 2}], ids=str)
-@pytest.mark.parametrize("cache", ["first-block", "mag:threshold=0.05,mag_ratios=0.98"])
-@over_families
-def test_step_caches(family, cache, schedule, in_each_layer):
-    """What they keep is in the model's order: dense steps may use what sparse ones left, and the other way."""
-    threshold = 0.04 if family == "minimax_h3" else 0.02  # skips some steps and computes others
-    cache = f"first-block:threshold={threshold}" if cache == "first-block" else cache
-    check_cache(family, cache, schedule, in_each_layer)
-
-
-@pytest.mark.parametrize("cache", ["taylorseer:cache_interval=2,disable_cache_before_step=2", "steps:computed=0x1x3"])
-def test_further_step_caches(cache, in_each_layer):
-    check_cache("wan", cache, {"dense_steps": 1, "dense_last_steps": 2}, in_each_layer)
-
-
-def check_cache(family, cache, schedule, in_each_layer):
-    transformer = BUILD[family]()
-    ways = []
-
-    def work():
-        with dit_accel.accelerated(transformer, "sol", cache=cache, dense_layers=0, **schedule, **SOL) as accel:
-            outputs = of_steps(family, accel, transformer)
-            assert 0 < accel.report().cache.skipped < 6
-            ways.append(where(accel))
-        return outputs
-
-    assert torch.equal(*in_each_layer(work))
-    assert ways == [[{"layer"}, {"stack"}, {"stack"}, {"layer"}], [{"layer"}] * 4]
-
-
 @pytest.mark.parametrize("name", ["wan:vace", "wan:animate", "hunyuan_video:i2v", "ltx:condition", "cogvideox:1.0"])
 def test_where_layers_permute_their_own(name, in_each_layer):
     tiny = get(*name.split(":"))
@@ -223,34 +143,6 @@ def test_where_layers_permute_their_own(name, in_each_layer):
 
     (out, notes), (other, _) = in_each_layer(work)
     assert torch.equal(out, other) and ways == [{"layer"}, {"layer"}] and len(notes) == 1
-
-
-def test_a_cache_that_keeps_what_attention_returns(in_each_layer):
-    """In dense steps it may return what a sparse step left, so both are in the model's order."""
-    transformer, ways = BUILD["hunyuan_video"](), []
-    cache = "taylorseer:cache_interval=2,disable_cache_before_step=2,use_lite_mode=false"
-
-    def work():
-        schedule = {"dense_steps": 1, "dense_last_steps": 2}
-        with dit_accel.accelerated(transformer, "sol", cache=cache, **schedule, **SOL) as accel:
-            outputs = of_steps("hunyuan_video", accel, transformer)
-            ways.append(where(accel))
-            assert accel.report().cache.skipped
-        return outputs
-
-    assert torch.equal(*in_each_layer(work)) and ways[0] == [{"layer"}] * 4
-
-
-def test_a_cache_of_the_users():
-    transformer = module("wan").build(layers=4)
-    with dit_accel.accelerated(transformer, "sol", **SOL) as accel:
-        transformer.enable_cache(FirstBlockCacheConfig(0.1))
-        with transformer.cache_context("cond"):
-            run(transformer, call_of("wan"))
-        transformer.disable_cache()
-        assert where(accel) == [{"layer"}] * 4
-        run(transformer, call_of("wan"))
-        assert where(accel) == [{"layer", "stack"}] * 4
 
 
 def test_a_timestep_for_each_token(in_each_layer):
@@ -313,7 +205,7 @@ def test_watchers_and_verification_see_the_models_order(in_each_layer):
             with accel.watch(calls.append):
                 run(transformer, call)
             layers = accel.report().layers
-        seen = [torch.cat((each.q, each.k, each.v, each.out)) for each in calls]
+        seen = [torch.cat((call.q, call.k, call.v, call.out)) for call in calls]
         return torch.stack(seen), [(layer.relative_error, layer.kept_mass) for layer in layers]
 
     (seen, measured), (expected, others) = in_each_layer(work)
@@ -403,49 +295,3 @@ def test_compiled(part):
     plain = run(compiled, call_of("wan"))
     transformer._compiled_call_impl = None
     torch.testing.assert_close(plain, run(module("wan").build(layers=4), call_of("wan")))
-
-
-@pytest.fixture
-def wan_pipe():
-    """Wan 2.2 with two transformers; guidance calls each twice a step."""
-    models = {"transformer": module("wan").build(layers=3), "transformer_2": module("wan").build(layers=4)}
-    pipe = WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        boundary_ratio=0.8, **models,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def generate(pipe):
-    text = torch.randn(2, 1, 7, 16, generator=torch.Generator().manual_seed(2))
-    return pipe(
-        prompt_embeds=text[0], negative_prompt_embeds=text[1], height=80, width=112, num_frames=9,
-        num_inference_steps=6, generator=torch.Generator().manual_seed(0), output_type="latent",
-    ).frames  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("cache", "place"),
-    [
-        (None, "stack"),
-        ("mag:threshold=0.05,mag_ratios=0.98", "stack"),
-        ("pab:spatial_attention_block_skip_range=2,spatial_attention_timestep_skip_range=-1x1001", "layer"),
-    ],
-)
-def test_a_pipeline_with_two_transformers(cache, place, wan_pipe, in_each_layer):
-    reports = []
-
-    def work():
-        with dit_accel.accelerated(wan_pipe, "sol", cache=cache, dense_steps=1, **SOL) as accel:
-            frames = generate(wan_pipe)
-            reports.append((accel.report(), where(accel)))
-        return frames
-
-    assert torch.equal(*in_each_layer(work))
-    report, ways = reports[0]
-    inner = [way for number, way in enumerate(ways) if cache is None or number in (1, 4, 5)]
-    assert all(way == {place} for way in inner)
-    notes = [note for note in report.notes if "permuted" in note]
-    assert len(notes) == (1 if place == "layer" else 0)
-    assert cache is None or report.cache.skipped

@@ -73,8 +73,8 @@ def changed(tmp_path, modules, kernel, *changes):
         path = tmp_path / f"{names[module.__name__]}.py"
         path.write_text(text)
         spec = importlib.util.spec_from_file_location(path.stem, path)
-        made = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(made)
-    yield getattr(made, kernel)
+        loaded = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+    yield getattr(loaded, kernel)
     for name in names.values():
         del sys.modules[name]

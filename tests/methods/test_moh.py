@@ -130,10 +130,10 @@ def test_the_self_check_knows_which_heads_a_token_takes():
     q, k, v = (x.detach() for x in tensors())
     plan, module = dit_accel.plan("moh", GRID, **SETTINGS["one"]), router(SETTINGS["one"])
     out = plan.attend(q, k, v, module=module)
-    found = ComputedAttention("", "", None, plan, q, k, v, out, module=module).measure()
+    check = ComputedAttention("", "", None, plan, q, k, v, out, module=module).measure()
     share = plan.route(q, k, module=module).counts.double().mean(-1)
-    torch.testing.assert_close(found.mass, share, atol=1e-6, rtol=0)
-    assert (found.error[:, 0] < 1e-5).all() and (found.error[:, 1:] > 0.1).all()
+    torch.testing.assert_close(check.mass, share, atol=1e-6, rtol=0)
+    assert (check.error[:, 0] < 1e-5).all() and (check.error[:, 1:] > 0.1).all()
 
 
 def test_the_load_balance_loss_is_the_papers():

@@ -257,7 +257,7 @@ def test_a_forecast_goes_on_along_a_damped_trend(name, streams, reuse):
         for step, call in enumerate(calls):
             at.begin(Moment(run_id, step, len(calls), 1000 - step))
             run(transformer, call)
-            known = [each for each in computed if each <= step]
+            known = [number for number in computed if number <= step]
             for stream, (start, end) in enumerate(ends.pairs()):
                 expected = left[known[-1]][stream]
                 if len(known) > 1 and step > known[-1]:
@@ -275,15 +275,15 @@ def test_a_forecast_goes_on_along_a_damped_trend(name, streams, reuse):
 
 def test_a_trend_counts_among_the_bytes_that_are_kept():
     tiny = get("wan", "t2v")
-    transformer, calls, kept = tiny.build(), growing(tiny), {}
+    transformer, calls, kept_bytes = tiny.build(), growing(tiny), {}
     ends = Ends(transformer, tiny)
     for text in ("steps:computed=0x1x3", "steps:computed=0x1x3,damping=0.5"):
         count, at = LayerCount(transformer, tiny), at_work(transformer, tiny, StepCache.parse(text))
         at.attach()
         run_steps(transformer, calls, at, count)
-        kept[text] = at.report().kept_bytes
+        kept_bytes[text] = at.report().kept_bytes
         at.detach()
-    plain, damped = kept.values()
+    plain, damped = kept_bytes.values()
     assert damped - plain == ends.pairs()[0][1].nbytes > 0
 
 

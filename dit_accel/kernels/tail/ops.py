@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels import impls
+from dit_accel.kernels.block_sparse.api import merge
 from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseInputs, Geometry, Segments, empty_rows
 from dit_accel.kernels.gradients import register_gradients
-from dit_accel.kernels.tail.reference import TailedInputs
+from dit_accel.kernels.tail.reference import TailedInputs, TailInputs, in_tail
 
 STATISTICS = torch.float32  # of LSE and share
 
@@ -101,3 +102,16 @@ def _call(tensors: Sequence[Tensor | None], geometry: Sequence[int], scale: floa
 
 
 register_gradients(attention_with_tail, attention_with_tail_backward)
+
+
+def forward(call: TailInputs) -> tuple[Tensor, Tensor]:
+    """`api.with_tail` beside attention that does not take the tail: the same kernel with empty lists, merged by LSE.
+
+    PyTorch differentiates it.
+    """
+    q, k, v, exact, exact_lse, lists, dropped, geometry, scale = call
+    outside = ~in_tail(lists, dropped, geometry.key_order.blocks)
+    indices = lists.indices.new_zeros(*lists.counts.shape, 1)
+    nothing = indices, lists.counts.new_zeros(lists.counts.shape)
+    out, lse, _ = attention_with_tail(q, k, v, *nothing, outside, None, geometry.pack(), scale, False, "triton")
+    return merge(exact, exact_lse, out, lse)

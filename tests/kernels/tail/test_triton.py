@@ -115,20 +115,20 @@ def leaves_of(case):
 def test_beside_attention_that_does_not_take_it():
     """With the exact part of any implementation: output, LSE and all gradients as those of `portable`."""
     case = Case(SMALL, dim=16, dropped=0.3, impl="triton", **ONE)
-    found = []
+    results = []
     for impl in ("triton", "portable"):
         leaves, lists, dropped, upstream = leaves_of(case)
         exact, exact_lse = attend_visual(*leaves, lists, *case.orders, lse=True, impl="portable")
         out, lse = with_tail(*leaves, exact, exact_lse, lists, *case.orders, dropped=dropped, impl=impl)
         gradients = torch.autograd.grad((out * upstream).sum() + lse.sin().sum(), [*leaves, exact, exact_lse])
-        found.append((out, lse, *gradients))
-    for mine, other in zip(*found, strict=True):
+        results.append((out, lse, *gradients))
+    for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
 def test_text_that_is_weighed_is_merged_behind_the_tail():
     case = Case(TokenGrid(2, 3, 7, **TEXT), dim=16, impl="triton", heads=1)
-    found = []
+    results = []
     for impl in ("triton", "portable"):
         leaves, lists, _, upstream = leaves_of(case)
         generator = torch.Generator().manual_seed(2)
@@ -138,8 +138,8 @@ def test_text_that_is_weighed_is_merged_behind_the_tail():
         }
         out, lse, share = attend_with_tail(*leaves, lists, *case.orders, share=True, impl=impl, **text)
         total = (with_first_order(out, share, *leaves, case.orders[1], None) * upstream).sum() + lse.sin().sum()
-        found.append((out, lse, share, *torch.autograd.grad(total, leaves)))
-    for mine, other in zip(*found, strict=True):
+        results.append((out, lse, share, *torch.autograd.grad(total, leaves)))
+    for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
