@@ -269,11 +269,20 @@ def attention_time(pipe: Any, device: torch.device) -> Iterator[Stopwatch]:
     from dit_accel.pipelines.targets import find_transformers
 
     watch = Stopwatch(device)
+
+    def start(*call: Any) -> None:
+        watch.start()
+
+    def stop(*call: Any) -> None:
+        watch.stop()
+
+    # where an accelerator permutes tokens, it looks for hooks that would see them permuted
+    start.reads_tokens = stop.reads_tokens = False  # type: ignore[attr-defined]
     handles = []
     for transformer, family in find_transformers(pipe)[0].values():
         for _, module in family.attentions(transformer):
-            handles.append(module.register_forward_pre_hook(lambda *call: watch.start()))
-            handles.append(module.register_forward_hook(lambda *call: watch.stop()))
+            handles.append(module.register_forward_pre_hook(start))
+            handles.append(module.register_forward_hook(stop))
     try:
         yield watch
     finally:

@@ -6,6 +6,7 @@ the visual stream twice, and every tensor with a row for each token, such as pos
 A run is of consecutive blocks whose layers attend along one curve in this call. Dense layers are never in a run, so the
 model's own attention sees its tokens in its own order, and nothing is permuted in dense steps. A step cache reads what
 the first and the last block take and return. Then those two are in no run, and what it keeps is in the model's order.
+A block is in no run either while somebody's hooks in it may read tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from dit_accel.plans.plan import building
 from dit_accel.plans.routed import RoutedPlan
 from dit_accel.tokens import TokenGrid
 
-Last = Mapping[Any, tuple[Any, str, str] | str]  # by kind of layer: plan, implementation and reason, or why it is dense
+# by kind of layer: plan, implementation and reason, or why it is dense
+Decisions = Mapping[Any, tuple[Any, str, str] | str]
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
 
 
 class ArrangedBlock(AtWork):
@@ -68,6 +71,13 @@ class ArrangedBlock(AtWork):
     def compiled(self) -> bool:
         """Whether the block is compiled by itself."""
         return getattr(self._block, "_compiled_call_impl", None) is not None
+
+    @property
+    def watched(self) -> bool:
+        """Whether hooks in the block may read its tokens."""
+        modules = [vars(module) for module in self._block.modules()]
+        hooks = [hook for module in modules for kind in HOOKS if module.get(kind) for hook in module[kind].values()]
+        return any(map(_may_read_tokens, hooks))
 
     def attach(self) -> Iterator[Any]:
         """Hook the block; the handles."""
@@ -163,7 +173,7 @@ class ArrangedStack(AtWork):
         for block in self._blocks:
             block.set(None)
 
-    def begin(self, layout: CallLayout, device: torch.device, last: Last) -> None:
+    def begin(self, layout: CallLayout, device: torch.device, last: Decisions) -> None:
         """Decide for a sparse call which blocks are in runs.
 
         Args:
@@ -174,19 +184,25 @@ class ArrangedStack(AtWork):
             return
         reason = self._reason or self._obstacle(layout)
         if reason is not None:
-            note = f"tokens are permuted in each layer: {reason}"
-            self.notes += [note] if note not in self.notes else []
+            self._note(f"tokens are permuted in each layer: {reason}")
             return
         if not self._attached:  # settings that have no curve by their field `order`
             return
         if self._cache is not None:
             curves[0] = curves[-1] = None
+        watched = [curve is not None and block.watched for block, curve in zip(self._blocks, curves, strict=True)]
+        if any(watched):
+            self._note(f"tokens are permuted in layers of {sum(watched)} blocks: hooks there may read them")
+            curves = [None if hidden else curve for hidden, curve in zip(watched, curves, strict=True)]
         for place, (block, curve) in enumerate(zip(self._blocks, curves, strict=True)):
             if curve is not None:
                 first = place == 0 or curves[place - 1] != curve
                 block.set(self._rows(curve, layout, device), first, curves[place + 1 : place + 2] != [curve])
 
-    def _curve(self, block: ArrangedBlock, last: Last) -> Curve | None:
+    def _note(self, note: str) -> None:
+        self.notes += [note] if note not in self.notes else []
+
+    def _curve(self, block: ArrangedBlock, last: Decisions) -> Curve | None:
         """The curve of a block whose only self-attention is sparse along one."""
         if len(block.layers) != 1:
             return None
@@ -220,3 +236,11 @@ class ArrangedStack(AtWork):
         if any(block.compiled for block in self._blocks):
             return "blocks that are compiled one by one would need graphs for the first, the last and the others"
         return None
+
+
+def _may_read_tokens(hook: Any) -> bool:
+    """Whether a hook may read what a module takes or returns. A hook says that it does not by `reads_tokens`."""
+    if isinstance(getattr(hook, "__self__", None), ArrangedBlock):
+        return False
+    gathers_weights = (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")  # FSDP's
+    return not gathers_weights and getattr(hook, "reads_tokens", True)

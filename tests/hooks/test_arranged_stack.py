@@ -1,5 +1,7 @@
 """Tokens permuted once before a run of sparse layers, against permuting q, k and v in each layer."""
 
+import types
+
 import accelerate
 import pytest
 import torch
@@ -13,6 +15,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_accel
+from dit_accel.generation.sampling import attention_time
+from dit_accel.pipelines.targets import find_transformers
+from dit_accel.train.networks import TrainingNetworks
 
 
 class Gathers(TorchDispatchMode):
@@ -162,6 +167,62 @@ def test_a_timestep_for_each_token_of_ltx(in_each_layer):
     (out, ways), (other, _) = in_each_layer(lambda: accelerated(transformer, call | {"timestep": times}))
     assert torch.equal(out, other) and ways == {"stack"}
     assert not torch.equal(out, accelerated(transformer, call)[0])
+
+
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"])
+def test_hooks_in_a_block_see_the_models_order(kind, in_each_layer):
+    """Of its modules, too. The block is in no run, and the others are in runs around it."""
+    transformer, call = module("wan").build(layers=4), call_of("wan")
+    seen = []
+
+    def hook(part, *values):
+        seen.append(values[-1][0] if isinstance(values[-1], tuple) else values[-1])
+
+    getattr(transformer.blocks[1].ffn, f"register_{kind}")(hook)
+
+    def work():
+        with dit_accel.accelerated(transformer, "sol", **SOL) as accel:
+            transformer(**call, return_dict=False)[0].square().mean().backward()
+            ways.append(where(accel))
+            notes.append([note for note in accel.report().notes if "hooks" in note])
+
+    ways, notes = [], []
+    in_each_layer(work)
+    assert len(seen) == 2 and torch.equal(*seen)
+    assert ways == [[{"stack"}, {"layer"}, {"stack"}, {"stack"}], [{"layer"}] * 4]
+    assert list(map(len, notes)) == [1, 0]
+
+
+def test_training_compares_tokens_with_the_teachers(in_each_layer):
+    """The objective `attention`: what the student's layer returns, in the order of the dense teacher's."""
+    transformer, call = module("wan").build(layers=3), call_of("wan")
+    family = find_transformers(transformer)[0]["transformer"][1]
+    noisy, timestep = call.pop("hidden_states"), call.pop("timestep")
+
+    def work():
+        with dit_accel.accelerated(transformer, "sol", **SOL) as accel:
+            networks = TrainingNetworks(transformer, family, accel, lora=False, layers=(1,))
+            with torch.no_grad():
+                student = networks.outputs(transformer, noisy, timestep, call)
+                teacher = networks.teacher(noisy, timestep, call)
+            networks.close()
+            ways.append(where(accel))
+        assert student.attention[0].shape == teacher.attention[0].shape
+        return student.attention[0]
+
+    ways = []
+    assert torch.equal(*in_each_layer(work))
+    assert ways[0] == [{"stack"}, {"layer"}, {"stack"}]
+
+
+def test_hooks_that_read_no_tokens_do_not_count():
+    """The clock of `eval` among them."""
+    transformer, call = module("wan").build(layers=3), call_of("wan")
+    pipe = types.SimpleNamespace(components={"transformer": transformer})
+    with dit_accel.accelerated(transformer, "sol", **SOL) as accel:
+        with attention_time(pipe, torch.device("cpu")) as watch:
+            run(transformer, call)
+        assert watch.seconds > 0 and where(accel) == [{"stack"}] * 3
 
 
 def accelerated(transformer, call):
