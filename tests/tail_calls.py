@@ -176,6 +176,23 @@ def check(case, gradients=True):
         assert_accurate(name, mine, simple.nan_to_num(0.0), truth, magnitude=PARTS.get(name, 1) * sums[name])
 
 
+def check_rows_without_keys(impl, **more):
+    """A query block that sees nothing has output and share 0; one without listed blocks is all tail."""
+    case = Case(**{"grid": TokenGrid(2, 9, 20), "block_q": 128, "batch": 1, "heads": 1, "impl": impl} | more)
+    tensors, _, listed, dropped = setup(dataclasses.replace(case, dropped=0.0))
+    listed[:, :, :2] = False
+    dropped[:, :, 0] = True
+    lists, drop = lists_of(listed).to(case.device), dropped.to(case.device)
+    leaves = [x.to(case.device).requires_grad_() for x in tensors]
+    results = attend_with_tail(*leaves, lists, *case.orders, dropped=drop, share=True, impl=impl)
+    out, lse, share = (x.detach().cpu() for x in results)
+    assert not out[:, :, :128].any() and bool((lse[:, :, :128] == -torch.inf).all()) and not share[:, :, :128].any()
+    assert bool((share[:, :, 128:256] == 1).all()) and bool(lse[:, :, 128:].isfinite().all())
+    assert bool((share[:, :, 256:] < 1).all())
+    gradients = torch.autograd.grad(results[0].sum() + results[2].sum(), leaves)
+    assert all(bool(x.isfinite().all()) for x in gradients) and not gradients[0][:, :, :128].any()
+
+
 def check_calls(chosen, sampled, tensors, upstream, dtype, impl="auto"):
     """Output and gradients of a call of one head, by name, against the plan's reference in fp64."""
 

@@ -27,8 +27,8 @@ An implementation of kernel "block_sparse" may have another module, `tail`, whic
 one kernel, with these functions on a `tail.reference.TailedInputs`; see `tail.ops`::
 
     forward(call, cuts) -> out, lse, share
-    listed_part(call, cuts) -> what this implementation's `backward` takes
-    add_gradients(gradients, grad_out, grad_lse, out, lse, call, cuts)
+    parts_of(call, cuts) -> parts, whose `listed` is what this implementation's `backward` takes
+    add_gradients(gradients, grad_out, grad_lse, out, lse, parts)
 
 A module of kernel "tail" computes it beside an exact part, on a `tail.reference.TailInputs`; see `tail.api.with_tail`::
 
@@ -133,7 +133,7 @@ class Implementation:
 
     def takes_tail(self, facts: Facts) -> bool:
         """Whether it computes the tail in the kernel of a call that it can run."""
-        return self.tail is not None and obstacles.tail_triton(dataclasses.replace(facts, **self.cut(facts))) is None
+        return self.tail is not None and obstacles.tail_gradients(dataclasses.replace(facts, **self.cut(facts))) is None
 
     def load_tail(self) -> ModuleType:
         """The module of attention with the tail."""

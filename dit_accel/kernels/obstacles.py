@@ -13,6 +13,7 @@ from dit_accel.kernels.block_sparse.triton_configs import LARGEST_BLOCK, SHARED_
 from dit_accel.order import TokenOrder
 
 GROUP = 64  # pseudo-keys for which one program of the tail sums gradients, and most that a step takes
+GRADIENTS = "dq", "dkdv"  # kernels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
 
 
@@ -99,11 +100,15 @@ def triton(facts: Facts) -> str | None:
 
 
 def attention_triton(facts: Facts) -> str | None:
-    obstacle = triton(facts)
-    if obstacle is not None or facts.arch is None:
-        return obstacle
+    return triton(facts) or _without_room(facts, "forward", *(GRADIENTS if facts.gradients else ()))
+
+
+def _without_room(facts: Facts, *kernels: str) -> str | None:
+    """Which of some kernels does not fit the shared memory of the GPU."""
+    if facts.arch is None:
+        return None
     sizes = facts.block_q, facts.block_k, max(16, 1 << (facts.head_dim - 1).bit_length())
-    for kernel in ("forward", "dq", "dkdv") if facts.gradients else ("forward",):
+    for kernel in kernels:
         if not fitting(kernel, *sizes, facts.dtype.itemsize, facts.arch):
             return (
                 f"the {kernel} kernel for blocks of {sizes[0]} x {sizes[1]}, head dimension {facts.head_dim} and "
@@ -112,14 +117,14 @@ def attention_triton(facts: Facts) -> str | None:
     return None
 
 
-def tail_triton(facts: Facts) -> str | None:
-    """Gradients of the tail take groups of pseudo-keys, whatever a block's tokens."""
-    return triton(facts) or attention_triton(dataclasses.replace(facts, block_k=GROUP))
+def tail_gradients(facts: Facts) -> str | None:
+    """Beside what attention needs: its gradients take groups of pseudo-keys, whatever a block's tokens."""
+    return _without_room(dataclasses.replace(facts, block_k=GROUP), *GRADIENTS) if facts.gradients else None
 
 
 def tail_alone(facts: Facts) -> str | None:
     """It is attention without a listed block."""
-    return attention_triton(facts) or tail_triton(facts)
+    return attention_triton(facts) or tail_gradients(facts)
 
 
 def triton8(facts: Facts) -> str | None:

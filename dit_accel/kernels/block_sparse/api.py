@@ -100,8 +100,8 @@ def attend_blocks(
     return out, sums
 
 
-def gradients_follow(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+def gradients_follow(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def attend_checked(

@@ -27,9 +27,9 @@ from dit_accel.kernels.tail.portable import correction
 from dit_accel.kernels.tail.reference import TailInputs
 from dit_accel.order import TokenOrder
 
-# A traced call can only take modules that are loaded.
+# A traced call can only take modules that are loaded; none of these imports Triton.
 for _row in impls.ROWS:
-    if _row.kernel == impls.TAIL and _row.package is None:
+    if _row.kernel == impls.TAIL:
         _row.load()
 
 
@@ -73,8 +73,11 @@ def attend_with_tail(
         [B, H, visual]. The tail's share of every row's weights [B, H, visual], None unless `share` asks for it.
 
     Raises:
-        DitAccelError: a shape does not fit, or `impl` cannot run here.
+        DitAccelError: a shape does not fit, the lists have tables, or `impl` cannot run here.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     gradients = gradients_follow(q, k, v)
     facts = Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order, gradients=gradients, lse=True)
     chosen, _ = impls.choose(facts, impl)
@@ -87,7 +90,8 @@ def attend_with_tail(
         out, lse = with_tail(
             q, k, v, exact, exact_lse, lists, query_order, key_order, dropped=dropped, scale=scale, impl=impl
         )
-        return out, lse, -torch.expm1(exact_lse - lse) if share else None
+        rest = (exact_lse - lse).masked_fill(lse == -torch.inf, 0.0)  # a row without keys has a share of 0
+        return out, lse, -torch.expm1(rest) if share else None
     visual, scale = key_order.grid.visual_rows, q.shape[-1] ** -0.5 if scale is None else float(scale)
     queries, listed, geometry, segments = visual_call(q, lists, query_order, key_order, text_lens)
     call, bias = BlockSparseInputs(queries, k, v, listed, segments, geometry, scale), None
@@ -102,7 +106,6 @@ def attend_with_tail(
     )  # fmt: skip
     if bias is not None and geometry.text:
         before = lse
-        call = call._replace(lists=BlockLists(*call.lists[:2]))
         out, lse = merge(out, lse, *attend_padding(call, chosen.name), bias)
         part = part * torch.exp(before - lse) if share else part
     return out, lse, part if share else None
@@ -137,7 +140,7 @@ def with_tail(
     geometry = Geometry.of_visual(query_order, key_order)
     call = TailInputs(q, k, v, exact, exact_lse, lists, dropped, geometry, scale)
     _check(call)
-    gradients = gradients_follow(q, k, v)
+    gradients = gradients_follow(q, k, v, exact, exact_lse)
     facts = Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order, gradients=gradients)
     chosen, _ = impls.choose(facts, impls.beside(impl, impls.TAIL), impls.TAIL)
     if chosen.autograd:
@@ -183,6 +186,11 @@ def _check_tail(
 ) -> None:
     blocks = query_order.visual_blocks, key_order.visual_blocks
     rows = (*q.shape[:2], blocks[0])
+    if lists.tables is not None:
+        raise DitAccelError(
+            "The tail takes whole blocks as listed or not, and these lists have tables, which take parts of blocks. "
+            "Give lists without tables."
+        )
     if tuple(lists.indices.shape[:-1]) != rows or tuple(lists.counts.shape) != rows:
         raise DitAccelError(
             f"The tail needs lists {[*rows, 'width']} and counts {list(rows)}, got {tuple(lists.indices.shape)} and "

@@ -9,15 +9,16 @@ from dit_accel.kernels.block_sparse.gluon import launches as engine
 from dit_accel.kernels.block_sparse.gluon.copies import KEYS
 from dit_accel.kernels.tail.gluon_forward import tail_gluon_fwd_kernel
 from dit_accel.kernels.tail.reference import TailedInputs
-from dit_accel.kernels.tail.triton import Cuts, TailLaunches, add_gradients, listed_part
+from dit_accel.kernels.tail.triton import Cuts, TailLaunches, add_gradients, parts_of
 from dit_accel.kernels.tuning import RASTER
 
-__all__ = ["add_gradients", "forward", "listed_part"]
+__all__ = ["add_gradients", "forward", "parts_of"]
 
 
 def forward(call: TailedInputs, cuts: Cuts) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.attention_with_tail`."""
-    exact, pseudo = listed_part(call, cuts), TailLaunches(call, cuts).pseudo_keys()
+    parts = parts_of(call, cuts)
+    exact, pseudo = parts.listed, TailLaunches(parts).pseudo_keys()
     launches = engine.GluonLaunches(exact)
     out, lse = launches.empty_outputs(exact.q)
     share = lse.new_empty(lse.shape if call.share else 0)

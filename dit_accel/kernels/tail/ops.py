@@ -13,8 +13,6 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseInput
 from dit_accel.kernels.gradients import register_gradients
 from dit_accel.kernels.tail.reference import TailedInputs, TailInputs, in_tail
 
-STATISTICS = torch.float32  # of LSE and share
-
 
 @torch.library.custom_op("dit_accel::attention_with_tail", mutates_args=())
 def attention_with_tail(
@@ -51,7 +49,7 @@ def attention_with_tail(
 
 @attention_with_tail.register_fake
 def _(q, k, v, indices, counts, dropped, text_len, geometry, scale, share, impl):
-    lse = q.new_empty(q.shape[:3], dtype=STATISTICS)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     return empty_rows(q), lse, lse.new_empty(q.shape[:3] if share else 0)
 
 
@@ -83,8 +81,9 @@ def attention_with_tail_backward(
             for change in (-grad_share * part, grad_share * (1 - part))
         )
     tail = row.load_tail()
-    gradients = row.load_gradients().backward(grad_out, of_listed, out, lse, tail.listed_part(call, row.cuts))
-    tail.add_gradients(gradients, grad_out, of_tail, out, lse, call, row.cuts)
+    parts = tail.parts_of(call, row.cuts)
+    gradients = row.load_gradients().backward(grad_out, of_listed, out, lse, parts.listed)
+    tail.add_gradients(gradients, grad_out, of_tail, out, lse, parts)
     return gradients
 
 

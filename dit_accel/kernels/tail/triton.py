@@ -9,14 +9,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from dit_accel.kernels import tuning
-from dit_accel.kernels.block_sparse.geometry import BlockSparseInputs, Segments, cut_blocks
+from dit_accel.kernels.block_sparse.geometry import (
+    BlockLists,
+    BlockSparseInputs,
+    Geometry,
+    Segments,
+    cut_blocks,
+)
 from dit_accel.kernels.block_sparse.triton import BlockSparseLaunches, run
 from dit_accel.kernels.block_sparse.triton_configs import Launch
 from dit_accel.kernels.obstacles import GROUP
@@ -40,7 +46,8 @@ Cuts = Mapping[str, int]  # `impls.Implementation.cuts`
 
 def forward(call: TailedInputs, cuts: Cuts) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.attention_with_tail`."""
-    exact, pseudo = listed_part(call, cuts), TailLaunches(call, cuts).pseudo_keys()
+    parts = parts_of(call, cuts)
+    exact, pseudo = parts.listed, TailLaunches(parts).pseudo_keys()
     launches = BlockSparseLaunches(exact)
     out, lse = launches.empty_outputs(exact.q)
     share = lse.new_empty(lse.shape if call.share else 0)
@@ -56,7 +63,7 @@ def forward(call: TailedInputs, cuts: Cuts) -> tuple[Tensor, Tensor, Tensor]:
 
 def add_gradients(
     gradients: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor,
-    call: TailedInputs, cuts: Cuts,
+    parts: Parts,
 ) -> None:  # fmt: skip
     """Add the tail's part to the listed keys' gradients of q [B, H, visual, D], k and v [B, H, N, D].
 
@@ -64,7 +71,7 @@ def add_gradients(
         grad_out, grad_lse, out, lse: of the whole softmax.
     """
     grad_out, out = tuning.contiguous_rows(grad_out), tuning.contiguous_rows(out)
-    launches = TailLaunches(call, cuts, grad_out, out)
+    launches = TailLaunches(parts, grad_out, out)
     q, pseudo = launches.call.q, launches.pseudo_keys()
     dq, delta = launches.empty_rows(q), torch.empty_like(lse)
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
@@ -77,40 +84,57 @@ def add_gradients(
     gradients[0].add_(dq.transpose(1, 2))
     held = valid_tokens(launches.key_order, q.device)[:, None]
     for gradient, of_blocks in zip(gradients[1:], sums, strict=True):
-        visual_rows(gradient, call).add_(spread((of_blocks / held).to(q.dtype), launches.key_order))
+        visual_rows(gradient, parts.listed.geometry).add_(spread((of_blocks / held).to(q.dtype), launches.key_order))
 
 
-def visual_rows(x: Tensor, call: TailedInputs) -> Tensor:
+class Parts(NamedTuple):
+    """A call for the engine's kernels and for those of the tail. Both have the same query blocks.
+
+    listed: the call over the lists, with contiguous rows, in blocks that the kernels take.
+    lists, geometry: of visual tokens alone, for the tail. Key blocks are whole, since each is one pseudo-key. The lists
+        may hold blocks behind the visual ones.
+    dropped: as of `TailInputs`, for these query blocks.
+    """
+
+    listed: BlockSparseInputs
+    lists: BlockLists
+    geometry: Geometry
+    dropped: Tensor | None
+
+
+def parts_of(call: TailedInputs, cuts: Cuts) -> Parts:
+    """Both parts of a call, cut once."""
+    exact, dropped = call.exact, call.dropped
+    q, k, v = (tuning.contiguous_rows(x) for x in exact[:3])
+    block_q = {"block_q": cuts.get("block_q", exact.geometry.block_q)}
+    lists, geometry = cut_blocks(exact.lists, exact.geometry, block_q)
+    if dropped is not None and geometry != exact.geometry:
+        dropped = dropped[:, :, exact.geometry.query_order.cut(geometry.block_q, q.device)[1]]
+    visual = dataclasses.replace(geometry, conditioning=0, text=0, text_first=False)
+    of_listed, smaller = cut_blocks(lists, geometry, cuts)
+    listed = exact._replace(q=q, k=k, v=v, lists=of_listed, geometry=smaller)
+    return Parts(listed, lists, visual, dropped)
+
+
+def visual_rows(x: Tensor, geometry: Geometry) -> Tensor:
     """The visual tokens of keys, values or their gradients [B, H, N, D]: a view."""
-    geometry = call.exact.geometry
     return x.narrow(2, geometry.usual[0], geometry.key_order.grid.visual)
 
 
-def listed_part(call: TailedInputs, cuts: Cuts) -> BlockSparseInputs:
-    """The call over the lists, with contiguous rows, in blocks that the kernels take."""
-    q, k, v, lists, _, geometry, _ = call.exact
-    lists, geometry = cut_blocks(lists, geometry, cuts)
-    q, k, v = (tuning.contiguous_rows(x) for x in (q, k, v))
-    return call.exact._replace(q=q, k=k, v=v, lists=lists, geometry=geometry)
-
-
 class TailLaunches(BlockSparseLaunches):
-    """The tail of a call: its visual tokens with contiguous rows, sizes and constants, and the map of blocks outside.
+    """The tail of a call: its visual tokens, sizes and constants, and the map of blocks outside."""
 
-    Query blocks are cut as for the lists. Key blocks are whole, since each is one pseudo-key.
-    """
-
-    def __init__(self, call: TailedInputs, cuts: Cuts, *others: Tensor) -> None:
-        exact, dropped = call.exact, call.dropped
-        uncut = dataclasses.replace(exact.geometry, conditioning=0, text=0, text_first=False)
-        lists, geometry = cut_blocks(exact.lists, uncut, {"block_q": cuts.get("block_q", uncut.block_q)})
-        q, k, v = (tuning.contiguous_rows(x) for x in (exact.q, *(visual_rows(x, call) for x in exact[1:3])))
-        self.call = BlockSparseInputs(q, k, v, lists, Segments(), geometry, exact.scale)
+    def __init__(self, parts: Parts, *others: Tensor) -> None:
+        (q, k, v, *_, scale), lists, geometry, dropped = parts
+        k, v = (visual_rows(x, parts.listed.geometry) for x in (k, v))
+        self.call = BlockSparseInputs(q, k, v, lists, Segments(), geometry, scale)
         super().__init__(self.call, *others)
-        if dropped is not None and geometry != uncut:
-            dropped = dropped[:, :, uncut.query_order.cut(geometry.block_q, q.device)[1]]
         shape = *q.shape[:2], self.query_blocks, self.key_blocks
-        self.outside = torch.zeros(shape, dtype=torch.uint8, device=q.device) if dropped is None else dropped.byte()
+        self.outside = (
+            torch.zeros(shape, dtype=torch.uint8, device=q.device)
+            if dropped is None
+            else dropped.to(torch.uint8, memory_format=torch.contiguous_format)
+        )
         indices, counts = lists.indices.contiguous(), lists.counts.contiguous()
         marked = self.outside, indices, counts, indices.shape[-1], shape[3]
         tuning.launch(outside_kernel, (math.prod(shape[:3]), 1), marked, {}, (OUTSIDE,), ())
@@ -123,7 +147,7 @@ class TailLaunches(BlockSparseLaunches):
         constants = {**self.dims(), **tuning.block_sizes(self.key_order, "_K")}
         programs = self.key_blocks, self.batch * self.heads_of_sample
         tuning.launch(pseudo_keys_kernel, programs, arguments, constants, (MEANS,), ())
-        logs = valid_tokens(self.key_order, k.device).log()
+        logs = valid_tokens(self.key_order, k.device).float().log()
         return PseudoKeys(mean_k, mean_v, logs, self.outside, self.key_blocks)
 
     def start(self, kernel: str, programs: int, tensors: tuple[Any, ...]) -> None:

@@ -42,9 +42,8 @@ def launched(monkeypatch):
             exact = BlockSparseInputs(queries, q, q, lists, segments, geometry, 0.1)
             for share in (False, True):
                 triton.forward(TailedInputs(exact, None, share), {})
-            triton.add_gradients(
-                (q.clone(), q.clone(), q.clone()), q, lse, q, lse, TailedInputs(exact, None, False), {}
-            )
+            parts = triton.parts_of(TailedInputs(exact, None, False), {})
+            triton.add_gradients((q.clone(), q.clone(), q.clone()), q, lse, q, lse, parts)
     return found
 
 

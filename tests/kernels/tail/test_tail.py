@@ -1,12 +1,17 @@
 """The tail: output, LSE and gradients against fp64, the mass, and the refusals."""
 
+import dataclasses
+import subprocess
+import sys
+
 import pytest
 import torch
 from messages import names
 from roundings import assert_dense
-from tail_calls import PARTS, TEXT, Case, check, lists_of, setup
+from tail_calls import PARTS, TEXT, Case, check, check_rows_without_keys, lists_of, setup
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.api import attend_visual
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.tail import api
@@ -44,6 +49,11 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_forward_and_gradients(case, impl):
     check(Case(**{**vars(case), "impl": impl}))
+
+
+@pytest.mark.parametrize("impl", ["portable", "reference"])
+def test_rows_without_keys_are_zero_and_without_listed_keys_all_tail(impl):
+    check_rows_without_keys(impl)
 
 
 @pytest.mark.parametrize("impl", ["portable", "reference"])
@@ -152,6 +162,47 @@ def test_compiles_in_one_graph():
         torch.testing.assert_close(a, b)
 
 
+def test_every_implementation_is_loaded_before_a_call_is_traced():
+    program = """
+from dit_accel.kernels import impls
+import dit_accel.kernels.tail.api
+import sys
+missing = [row.module for row in impls.ROWS if row.kernel == impls.TAIL and row.module not in impls._LOADED]
+assert not missing and "triton" not in sys.modules, missing
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_gradients_of_the_exact_part_are_known_to_follow(monkeypatch, number):
+    row = impls.named("portable", impls.TAIL)
+    only_forward = dataclasses.replace(row, cannot=lambda facts: "no gradients" if facts.gradients else None)
+    monkeypatch.setitem(impls._TABLE, (row.kernel, row.name), only_forward)
+    case = Case()
+    leaves, exact, lse, lists, _, _ = arguments(case)
+    tensors = [x.detach() for x in (*leaves, exact, lse)]
+    with_tail(*tensors, lists, *case.orders, impl="portable")
+    tensors[number].requires_grad_()
+    with pytest.raises(DitAccelError, match="no gradients"):
+        with_tail(*tensors, lists, *case.orders, impl="portable")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_attention_does(dtype):
+    case = Case(impl="reference")
+    tensors, _, listed, _ = setup(case)
+    lists = lists_of(listed)
+
+    def attend(*tensors):
+        return attend_with_tail(*tensors, lists, *case.orders, share=True, impl="portable")
+
+    with torch.autocast("cpu", dtype):
+        got = attend(*tensors)
+    want = attend(*(x.to(dtype) for x in tensors))
+    assert got[0].dtype == dtype
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_refusals():
     case = Case()
     leaves, exact, lse, lists, _, _ = arguments(case)
@@ -162,5 +213,8 @@ def test_refusals():
         with_tail(*leaves, exact, lse[..., :9], **call)
     with pytest.raises(DitAccelError, match="needs lists"):
         with_tail(*leaves, exact, lse, **{**call, "lists": BlockLists(lists.indices[0], lists.counts[0])})
+    tabled = BlockLists(lists.indices, lists.counts, tables=torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(DitAccelError, match=names("tables")):
+        with_tail(*leaves, exact, lse, **{**call, "lists": tabled})
     with pytest.raises(DitAccelError, match=names("dropped", "bool")):
         with_tail(*leaves, exact, lse, dropped=torch.ones(2, 2, 9, 8), **call)

@@ -4,14 +4,26 @@
 """
 
 import dataclasses
+import functools
 import importlib.util
 
 import pytest
 import torch
 from accuracy import assert_accurate
-from tail_calls import INTERPRETED, TEXT, Case, check, check_error_calls, lists_of, setup
+from messages import names
+from tail_calls import (
+    INTERPRETED,
+    TEXT,
+    Case,
+    check,
+    check_error_calls,
+    check_rows_without_keys,
+    lists_of,
+    setup,
+)
 
 import dit_accel
+from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.api import attend_visual, visual_call
 from dit_accel.kernels.block_sparse.geometry import BlockLists
@@ -110,6 +122,55 @@ def leaves_of(case):
     leaves = [x.to(case.device).requires_grad_() for x in tensors]
     lists = lists_of(listed).to(torch.device(case.device))
     return leaves, lists, None if dropped is None else dropped.to(case.device), upstream.to(case.device)
+
+
+def test_rows_without_keys_are_zero_and_without_listed_keys_all_tail():
+    check_rows_without_keys("triton", dim=16)
+
+
+def test_the_callers_defaults_do_not_matter(request):
+    case = Case(SMALL, dim=16, dropped=0.3, impl="triton")
+    leaves, lists, dropped, upstream = leaves_of(case)
+
+    def results():
+        out, lse, share = attend_with_tail(*leaves, lists, *case.orders, dropped=dropped, share=True, impl="triton")
+        return out, lse, share, *torch.autograd.grad((out * upstream).sum() + share.sum(), leaves)
+
+    wanted = results()
+    request.addfinalizer(functools.partial(torch.set_default_dtype, torch.get_default_dtype()))
+    torch.set_default_dtype(torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(results(), wanted, strict=True))
+
+
+def test_a_map_of_dropped_blocks_has_any_strides():
+    case = Case(SMALL, dim=16, dropped=0.5, impl="triton", heads=2)
+    leaves, lists, dropped, _ = leaves_of(case)
+    permuted = dropped.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+    assert not permuted.is_contiguous()
+    call = functools.partial(attend_with_tail, *leaves, lists, *case.orders, share=True, impl="triton")
+    results = [call(dropped=x) for x in (permuted, dropped)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_autocast_casts_as_attention_does():
+    """By one kernel; tests/kernels/tail/test_tail.py has the other way."""
+    case = Case(SMALL, dim=16, impl="triton")
+    leaves, lists, _, _ = leaves_of(case)
+    attend = functools.partial(attend_with_tail, lists=lists, share=True, impl="triton")
+    orders = dict(zip(("query_order", "key_order"), case.orders, strict=True))
+    with torch.autocast(case.device, torch.float16):
+        got = attend(*leaves, **orders)
+    want = attend(*(x.half() for x in leaves), **orders)
+    assert got[0].dtype == torch.float16
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_lists_with_tables_are_refused():
+    case = Case(SMALL, dim=16, impl="triton")
+    leaves, lists, _, _ = leaves_of(case)
+    tabled = lists._replace(tables=torch.zeros(1, dtype=torch.int32, device=case.device))
+    with pytest.raises(DitAccelError, match=names("tables")):
+        attend_with_tail(*leaves, tabled, *case.orders, impl="triton")
 
 
 def test_beside_attention_that_does_not_take_it():
