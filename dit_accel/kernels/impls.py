@@ -83,6 +83,8 @@ class Implementation:
         packing: the module whose `pack(lists, geometry)` makes `BlockLists.packed`.
         autograd: PyTorch differentiates `forward`; see the module.
         tail: of kernel "block_sparse": the module that computes the tail in the same kernel; None if there is none.
+        list_start: of kernel "block_sparse" with a program for each list: what a list takes beside its key blocks, in
+            the time of a block of 64 keys. Few long lists are then attended in pieces. None: it has no such programs.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Implementation:
     packing: str | None = None
     autograd: bool = False
     tail: str | None = None
+    list_start: float | None = None
     installed: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -163,10 +166,12 @@ def _of_triton(kernel: str, cannot: Callable[[Facts], str | None], **more: Any) 
 
 def _of_gluon(name: str, **more: Any) -> Implementation:
     fields: dict[str, Any] = {"dtypes": HALF, "cannot": obstacles.gluon, "package": "triton", "packing": _LISTS}
-    fields["tail"] = f"{__package__}.{TAIL}.gluon"
+    fields |= {"tail": f"{__package__}.{TAIL}.gluon", "list_start": LOADED_EARLY}
     return Implementation(name, BLOCK_SPARSE, _GLUON, cuts=_BOTH, **fields, **more)
 
 
+# Of rows of an H200: 8 us beside 1.85 us a step of 128 keys. A Gluon program loads its next list early: 3 us, a guess.
+STARTED, LOADED_EARLY = 8, 3
 _SINGLE = (*HALF, torch.float32)
 _QUERIES = {"block_q": LARGEST_BLOCK}
 _BOTH = {**_QUERIES, "block_k": LARGEST_BLOCK}
@@ -185,6 +190,7 @@ ROWS = (
         packing=_LISTS,
         cuts=_BOTH,
         tail=f"{__package__}.{TAIL}.triton",
+        list_start=STARTED,
     ),
     # Less exact than the others, so its own name alone takes it. No GPU has run it yet.
     Implementation(
@@ -196,10 +202,12 @@ ROWS = (
         cuts=_BOTH,
         package="triton",
         packing=_LISTS,
+        list_start=STARTED,
     ),
     # Its gradients were compiled and emulated. No GPU has run them yet, so "auto" takes the next row.
     _of_gluon("gluon"),
-    # Faster than triton in the five settings of an H200 that have both (benchmarks/LOG.md); the gradients are Triton's.
+    # The gradients are Triton's. Its forward was faster than Triton's in the five settings of an H200 that have both.
+    # That one had a program for each list; no GPU has run a program on each multiprocessor yet (benchmarks/LOG.md).
     _of_gluon("gluon_triton", gradients=f"{__package__}.{BLOCK_SPARSE}.triton", rank={"cuda": 30}),
     Implementation(
         "flex",

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from dit_accel.kernels.block_sparse.geometry import Shape
 from dit_accel.kernels.block_sparse.gluon.copies import KEYS, Distances, GluonProblem, TiledSide
 from dit_accel.kernels.block_sparse.gluon.items import Queue
-from dit_accel.kernels.block_sparse.gluon.launches import LAUNCH, ROWS, STAGES_DKDV, STAGES_DQ, constants, half_of
+from dit_accel.kernels.block_sparse.gluon.launches import LAUNCHES, ROWS, STAGES_DKDV, STAGES_DQ, constants, half_of
 from dit_accel.kernels.records import PseudoKeys, Visits
 from dit_accel.kernels.tuning import RASTER
 from tools.kernels.ahead_of_time import Build
@@ -59,10 +59,10 @@ def _block_sparse() -> Iterator[Build]:
                 *((f"{x}_{kind}", box) for x in ("q", "out") for kind, box in _boxes(half, ROWS, head_dim)),
                 *((f"{x}_{kind}", box) for x in ("k", "v") for kind, box in _boxes(tile_k, block_k, head_dim)),
             ),
-            warps=LAUNCH.warps,
+            warps=LAUNCHES[0].warps,
             stages=stages,
             needs=2 * head_dim * (2 * ROWS + 2 * stages * KEYS.value),
-            registers=LAUNCH.registers,
+            registers=LAUNCHES[0].registers,
         )
 
 

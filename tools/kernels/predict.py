@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dit_accel.bench.rows import OutOfReach, Row, Shape, Target, get_shape
-from dit_accel.kernels.block_sparse.pieces import fastest
+from dit_accel.kernels.block_sparse.pieces import UNIT, fastest
 from dit_accel.order import valid_tokens
 from dit_accel.plans.routed import RoutedPlan
 from dit_accel.plans.static import MaskPlan
@@ -126,7 +126,7 @@ def routed_prediction(plan: RoutedPlan, shape: Shape, share: float, start: float
     text = None
     if grid.text:
         text_rows = math.ceil(grid.text / 128) * shape.heads
-        count = fastest(text_rows, 2 * math.ceil(grid.tokens / KEYS), MULTIPROCESSORS)
+        count = fastest(text_rows, math.ceil(grid.tokens / KEYS), KEYS, MULTIPROCESSORS, start / STEP * KEYS / UNIT)
         item = Item(math.ceil(grid.tokens / KEYS / count), math.ceil(text_steps / count))
         text = makespan([item.milliseconds(shape.head_dim, start)] * (text_rows * count)) + PIECES * (count > 1)
     return Prediction(router, lists, exact, _others(plan, shape, read, rows), text)
@@ -161,13 +161,13 @@ def measured(rows: Sequence[dict[str, Any]], shape: Shape, target: Target) -> fl
     return next((row["ms_p50"] for row in rows if row["row"] == name and row.get("ms_p50")), None)
 
 
-def table(rows: Sequence[dict[str, Any]], shapes: Sequence[str]) -> Iterator[str]:
+def table(rows: Sequence[dict[str, Any]], shapes: Sequence[str], start: float = START) -> Iterator[str]:
     """Lines of a Markdown table."""
     yield f"| row | {' | '.join(PARTS)} | sum | times dense |{' measured |' if rows else ''}"
     yield "|---" * (len(PARTS) + 3 + bool(rows)) + "|"
     for shape, target in itertools.product(map(get_shape, shapes), TARGETS):
         try:
-            parts = predict(shape, target)
+            parts = predict(shape, target, start)
         except OutOfReach:
             continue
         cells = [*(_digits(part) for part in parts), _digits(parts.total), f"{dense_ms(shape) / parts.total:.1f}"]
@@ -183,9 +183,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, metavar="FILE", help="measured rows, to stand beside the predictions")
     parser.add_argument("--shape", action="append", choices=SHAPES, help="repeatable; all if not given")
+    parser.add_argument(
+        "--start", type=float, default=START, metavar="MICROSECONDS",
+        help=f"what an item takes beside its steps: {PROGRAM:g} for a program each; default {START:g}",
+    )  # fmt: skip
     arguments = parser.parse_args()
     rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()] if arguments.rows else []
-    print("\n".join(table(rows, arguments.shape or SHAPES)))
+    print("\n".join(table(rows, arguments.shape or SHAPES, arguments.start)))
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def attend_blocks(
             which then stays a key of every query. Needs `text_len`.
         scale: factor on the logits; None: D ** -0.5.
         lse: the natural logarithm of each row's sum of exponentials is wanted. Its gradient flows.
-        few: the lists are few and long, so that they may be attended in `pieces`. Needs queries of their own, lists
-            without tables, and a key for each query.
+        few: the lists are few and long, so that they may be attended in `pieces`. Needs queries of their own in raster
+            order, lists without tables, and a key for each query.
         impl: "auto", or the name of an implementation (`impls.ROWS`), which runs or raises.
 
     Returns:

@@ -12,7 +12,7 @@ from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseInput
 from dit_accel.kernels.impls import Implementation
 
 MOST, LEAST = 16, 0.9  # pieces, and the share of the time that they must come down to
-START, MERGE = 8, 64  # a program's start, and the merge of a call, in the time of a key block of 64
+MERGE, UNIT = 64, 64  # the merge of a call, in the time of a key block of so many keys
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -22,34 +22,39 @@ def multiprocessors(device: torch.device) -> int:
 
 def pieces_of(call: BlockSparseInputs, chosen: Implementation) -> int:
     """In how many pieces a call's lists are done first; known from shapes, without waiting for the device."""
-    if not chosen.cuts:  # only those with a largest block have a program for each list
+    if chosen.list_start is None:
         return 1
-    indices, geometry = call.lists.indices, call.geometry
+    width, geometry = call.lists.indices.shape[-1], call.geometry
     rows = math.prod(call.q.shape[:2]) * geometry.query_order.blocks
-    return fastest(rows, indices.shape[-1], multiprocessors(call.q.device))
+    return fastest(rows, width, geometry.block_k, multiprocessors(call.q.device), chosen.list_start)
 
 
-def fastest(rows: int, width: int, programs: int) -> int:
+def fastest(rows: int, width: int, block_k: int, programs: int, start: float) -> int:
     """In how many pieces `rows` lists of `width` key blocks are done first by so many programs at a time.
 
     Programs are alike, so that they end in waves.
+
+    Args:
+        block_k: keys of a block.
+        start: `Implementation.list_start`.
     """
 
-    def blocks(pieces: int) -> int:
-        return math.ceil(rows * pieces / programs) * (START + math.ceil(width / pieces)) + MERGE * (pieces > 1)
+    def time(pieces: int) -> float:
+        steps = start + math.ceil(width / pieces) * block_k / UNIT
+        return math.ceil(rows * pieces / programs) * steps + MERGE * (pieces > 1)
 
-    best = min(range(1, min(MOST, width) + 1), key=blocks)
-    return best if blocks(best) < LEAST * blocks(1) else 1
+    best = min(range(1, min(MOST, width) + 1), key=time)
+    return best if time(best) < LEAST * time(1) else 1
 
 
 def in_pieces(call: BlockSparseInputs, pieces: int) -> BlockSparseInputs:
     """A call whose queries come once for each piece of their list, piece by piece.
 
     Args:
-        call: its queries have a grid of their own, and its lists no tables.
+        call: its queries have a grid of their own, in raster order, and its lists no tables.
     """
     lists, geometry = call.lists, call.geometry
-    assert geometry.own_queries and lists.tables is None
+    assert geometry.own_queries and geometry.tile_q is None and lists.tables is None
     width = math.ceil(lists.indices.shape[-1] / pieces)
     indices = torch.nn.functional.pad(lists.indices, (0, width * pieces - lists.indices.shape[-1]))
     indices = indices.unflatten(-1, (pieces, width)).movedim(-2, -3).flatten(-3, -2)

@@ -151,7 +151,7 @@ def lists_kernel(
 ):  # fmt: skip
     """The lists of one row: int32 [B, H, query blocks, width] and counts, and [B, H, query blocks, skip].
 
-    See `call.RouterArguments` for the parts.
+    See `rule.RouterArguments` for the parts.
 
     Args:
         scores: fp32 [B, H, query blocks, blocks].

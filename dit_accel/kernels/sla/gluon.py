@@ -60,6 +60,6 @@ def forward(
             sums, problem, queue, distances, call.scale * engine.LOG2E, q.shape[2],
         ),
         {**engine.constants(dim, geometry.block_k, tile_q, tile_k), "MAP": call.feature_map},
-        (engine.LAUNCH,), (),
+        engine.LAUNCHES, (),
     )  # fmt: skip
     return out, exact, lse, *others

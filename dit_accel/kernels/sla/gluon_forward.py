@@ -159,7 +159,7 @@ def sparse_linear_gluon_fwd_kernel(
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
-    """Output [B, N, H, D] of one query block of one head in scope "all"; for training also what the backward reads.
+    """Output [B, N, H, D] of the items that this program takes, scope "all"; for training also what the backward reads.
 
     Arguments as in `block_sparse_gluon_fwd_kernel` and `triton_forward.sparse_linear_fwd_kernel`. The table is
     [B * H * D, D]. sums are fp32 [B, H, 2 D + 1]: the sum of phi(k), the bias, and the table's factor.

@@ -34,7 +34,7 @@ def tail_errors(
     size = means.square().sum(-1, keepdim=True) * there
     flat = to_blocks(keys.to(means.dtype), key_order).flatten(-3, -2).mT
     step = max(1, logits_at_once(q.device) // (q.shape[0] * q.shape[1] * flat.shape[-1]))
-    found = []
+    errors = []
     for some in queries.split(step, 2):
         logits = (some @ flat * scale).unflatten(-1, (-1, key_order.block)).masked_fill_(there == 0, -torch.inf)
         top = logits.amax((-1, -2))[..., None]
@@ -44,8 +44,8 @@ def tail_errors(
         error = gap.square() * size[..., None, :, :]
         error.add_(gap.mul_(weight).mul_(slant[..., None, :, :]), alpha=2)
         error.add_(weight.square_().mul_(spread[..., None, :, :]))
-        found.append(error.sum(-1) / there.sum(-1))
-    return torch.cat(found, 2)
+        errors.append(error.sum(-1) / there.sum(-1))
+    return torch.cat(errors, 2)
 
 
 def most_wrong(errors: Tensor, lists: BlockLists) -> BlockLists:

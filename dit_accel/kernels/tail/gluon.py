@@ -33,6 +33,6 @@ def forward(call: TailedInputs, cuts: Cuts) -> tuple[Tensor, Tensor, Tensor]:
             launches.problem(launches.with_words(launches.ordered())), queue, distances, scale * engine.LOG2E,
             launches.query_tokens,
         ),
-        {**launches.constants(), "SHARE": call.share}, (engine.LAUNCH,), (),
+        {**launches.constants(), "SHARE": call.share}, engine.LAUNCHES, (),
     )  # fmt: skip
     return out.transpose(1, 2), lse, share

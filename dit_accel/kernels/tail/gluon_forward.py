@@ -125,7 +125,7 @@ def tail_gluon_fwd_kernel(
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr, SHARE: gl.constexpr,
 ):  # fmt: skip
-    """Output [B, N, H, D] and LSE [B, H, N] of one block of visual queries of one head, the tail included.
+    """Output [B, N, H, D] and LSE [B, H, N] of the items that this program takes, the tail included.
 
     Arguments as in `block_sparse_gluon_fwd_kernel`, and:
 

@@ -22,9 +22,9 @@ def forward(call: TailInputs) -> tuple[Tensor, Tensor]:
     out, lse = empty_rows(exact), exact_lse.new_empty(exact_lse.shape)
     tail = _Tail.of(k, v, geometry)
     for at, of, bias, blind in _parts(q, lists, dropped, tail, geometry):
-        queries, own, own_lse = of(q).to(tail.wide), of(out).copy_(of(exact)), of(lse).copy_(of(exact_lse))
+        queries, merged, merged_lse = of(q).to(tail.wide), of(out).copy_(of(exact)), of(lse).copy_(of(exact_lse))
         keys, values = (x[at].expand(len(queries), -1, -1, -1) for x in (tail.keys, tail.values))
-        dense.merge(own, own_lse, *dense.forward(queries, keys, values, bias, blind, scale))
+        dense.merge(merged, merged_lse, *dense.forward(queries, keys, values, bias, blind, scale))
     return out, lse
 
 
@@ -37,7 +37,7 @@ def backward(
     of_keys, of_values = torch.zeros_like(tail.keys), torch.zeros_like(tail.values)
     dq, dexact, dexact_lse = empty_rows(q), empty_rows(exact), exact_lse.new_empty(exact_lse.shape)
     for at, of, bias, _ in _parts(q, lists, dropped, tail, geometry):
-        queries, upstream, result, own, sums = (of(x).to(tail.wide) for x in (q, grad_out, out, exact, lse))
+        queries, upstream, result, of_exact, sums = (of(x).to(tail.wide) for x in (q, grad_out, out, exact, lse))
         keys, values = (x[at].expand(len(queries), -1, -1, -1) for x in (tail.keys, tail.values))
         upstream_lse = None if grad_lse is None else of(grad_lse).to(tail.wide)
         delta = (upstream * result).sum(-1)
@@ -46,7 +46,7 @@ def backward(
         # a row without keys has a share of 0
         share = torch.exp(of(exact_lse).to(tail.wide) - sums.masked_fill(sums == -torch.inf, torch.inf))
         of(dexact).copy_(upstream * share[..., None])
-        of(dexact_lse).copy_(share * ((upstream * own).sum(-1) - delta))
+        of(dexact_lse).copy_(share * ((upstream * of_exact).sum(-1) - delta))
         grad_q, grad_k, grad_v = dense.backward(
             upstream, upstream_lse, queries, keys, values, result, sums, bias, scale
         )

@@ -373,6 +373,12 @@ def test_auto_takes_it_for_what_it_can_compute(make_problem, monkeypatch):
     assert impls.choose(facts)[0].name == "triton"
 
 
+def test_the_counter_of_a_launch_serves_one_candidate(monkeypatch):
+    monkeypatch.setattr(gluon, "LAUNCHES", gluon.LAUNCHES * 2)
+    with pytest.raises(AssertionError, match="counter"):
+        gluon.queue_of(2, 3, torch.device("cpu"))
+
+
 def test_it_runs_in_a_compiled_function(make_problem):
     problem = rounded(make_problem(**CASES["one-token"]), torch.float16)
     problem = problem.to("cuda") if NATIVE else problem

@@ -3,6 +3,7 @@
 ``TRITON_INTERPRET=1`` must be set before Triton is imported, so `make test` runs this file in a process of its own.
 """
 
+import heapq
 import importlib.util
 import math
 import os
@@ -14,6 +15,7 @@ from roundings import assert_masked
 
 from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse import api, pieces
+from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseInputs, Geometry, Segments
 from dit_accel.plans.plan import PlanArguments
 from dit_accel.plans.routed import attend_all
 from dit_accel.tokens import TokenGrid
@@ -27,24 +29,76 @@ TRITON = pytest.mark.skipif(
 DEVICE = "cuda" if NATIVE else "cpu"
 
 
-@pytest.mark.parametrize(("rows", "width", "programs"), [(48, 1861, 132), (6, 1861, 132), (96, 1032, 132)])
-def test_few_long_lists_are_done_sooner_in_pieces(rows, width, programs):
-    """At least a tenth sooner than whole, in waves of programs that are alike."""
-    chosen = pieces.fastest(rows, width, programs)
+TRITON_START = impls.named("triton").list_start
+LISTS = [(48, 1861, 132), (6, 1861, 132), (96, 1032, 132), (96, 264, 132), (7, 900, 4), (1000, 1861, 132)]
 
-    def blocks(count):
-        return math.ceil(rows * count / programs) * (pieces.START + math.ceil(width / count))
 
-    assert chosen > 1
-    assert blocks(chosen) + pieces.MERGE <= 0.9 * blocks(1)
-    assert blocks(chosen) <= 1.2 * (rows * width / programs + 8 * pieces.START)
+def last_end(rows, pieces, width, block_k, programs, start):
+    """When the last piece is done, in keys: each goes to the program that is free first. Without the merge."""
+    free = [0.0] * programs
+    for _ in range(rows):
+        for piece in range(pieces):
+            blocks = min(math.ceil(width / pieces), max(0, width - piece * math.ceil(width / pieces)))
+            heapq.heapreplace(free, free[0] + 64 * start + blocks * block_k)
+    return max(free)
+
+
+@pytest.mark.parametrize("block_k", [16, 64, 128])
+@pytest.mark.parametrize("start", [3, 8])
+@pytest.mark.parametrize(("rows", "width", "programs"), LISTS)
+def test_no_other_number_of_pieces_is_done_sooner(rows, width, programs, start, block_k):
+    """By programs that run one by one, beside what short last pieces may save. A tenth is the least gain."""
+    width = math.ceil(width * 64 / block_k)
+    chosen = pieces.fastest(rows, width, block_k, programs, start)
+    counts = range(1, min(pieces.MOST, width) + 1)
+    merge = 64 * pieces.MERGE
+    ends = {n: last_end(rows, n, width, block_k, programs, start) + merge * (n > 1) for n in counts}
+    short = {n: math.ceil(rows * n / programs) * (math.ceil(width / n) * n - width) * block_k for n in counts}
+    soonest = min(ends[n] + short[n] for n in counts)
+    assert ends[chosen] <= (soonest if chosen > 1 else soonest / pieces.LEAST)
+    assert chosen == 1 or ends[chosen] <= pieces.LEAST * ends[1]
+
+
+def pieces_chosen(monkeypatch, impl, block_k, tokens, heads):
+    """Of one text block of queries in each head, on 132 multiprocessors."""
+    monkeypatch.setattr(pieces, "multiprocessors", lambda _: 132)
+    width = math.ceil(tokens / block_k)
+    geometry = Geometry((1, 1, tokens), (1, 1, 100), 128, block_k, None, None, 0, 0, own_queries=True)
+    q, k = (torch.empty(1, heads, n, 64, device="meta") for n in (100, tokens))
+    lists = BlockLists.full(torch.arange(width, dtype=torch.int32)[None])
+    call = BlockSparseInputs(q, k, k, lists, Segments(), geometry, 1.0)
+    return pieces.pieces_of(call, impls.named(impl))
+
+
+@pytest.mark.parametrize(("heads", "tokens", "want"), [(48, 119056, 11), (96, 66000, 4), (24, 3000, 1), (96, 17776, 1)])
+@pytest.mark.parametrize("block_k", [16, 32, 64, 128])
+def test_the_number_of_pieces_follows_from_keys_not_from_blocks(monkeypatch, heads, tokens, want, block_k):
+    assert pieces_chosen(monkeypatch, "triton", block_k, tokens, heads) == want
+
+
+def test_lists_that_are_loaded_early_have_more_pieces(monkeypatch):
+    more, fewer = (pieces_chosen(monkeypatch, impl, 64, 66000, 96) for impl in ("gluon_triton", "triton"))
+    assert more > fewer > 1
+
+
+def test_no_list_has_more_pieces_than_blocks(monkeypatch):
+    monkeypatch.setattr(pieces, "MERGE", 0)
+    assert pieces.fastest(1, 2, 128, 132, 0) == 2
+
+
+def test_tiles_of_queries_are_not_cut_in_pieces():
+    geometry = Geometry((1, 1, 64), (1, 4, 4), 16, 16, (1, 4, 4), None, 0, 0, own_queries=True)
+    q, k = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 64, 16)
+    lists = BlockLists.full(torch.arange(4, dtype=torch.int32)[None])
+    with pytest.raises(AssertionError):
+        pieces.in_pieces(BlockSparseInputs(q, k, k, lists, Segments(), geometry, 1.0), 2)
 
 
 @pytest.mark.parametrize(
     ("rows", "width", "programs"), [(1000, 1861, 132), (132, 1861, 132), (96, 264, 132), (7, 900, 1)]
 )
 def test_many_or_short_lists_stay_whole(rows, width, programs):
-    assert pieces.fastest(rows, width, programs) == 1
+    assert pieces.fastest(rows, width, 64, programs, TRITON_START) == 1
 
 
 # Text behind and before, lengths per sample, none valid; odd counts of rows and keys; pieces that do not divide the
@@ -105,9 +159,18 @@ def test_padding_with_a_bias_counts_once(monkeypatch):
     q, k, v = (torch.randn(1, 2, n, 64, generator=generator).to(DEVICE) for n in (20, grid.tokens, grid.tokens))
     bias = torch.randn(1, 20, generator=generator).to(DEVICE)
     arguments = PlanArguments(text_lens=torch.tensor([7], device=DEVICE), text_bias=bias, impl="triton")
-    whole = attend_all(q, k, v, grid, arguments)
     monkeypatch.setattr(pieces, "fastest", lambda *_: 3)
-    torch.testing.assert_close(attend_all(q, k, v, grid, arguments), whole, rtol=0, atol=2**-20)
+    padding = torch.zeros(grid.tokens, dtype=torch.bool, device=DEVICE)
+    padding[grid.text_start + 7 : grid.text_start + grid.text] = True
+
+    def defined(*tensors):
+        logits = tensors[0] @ tensors[1].mT / 8 + bias.to(tensors[0]).mT * padding
+        return logits.softmax(-1) @ tensors[2]
+
+    plain, exact = defined(q, k, v), defined(*(x.double() for x in (q, k, v)))
+    sizes = defined(*(x.double() for x in (q, k, v.abs())))
+    # Rounded besides, in eps / 2 of an average of |v|: each piece, the padding's part, and their two sums
+    assert_accurate("out", attend_all(q, k, v, grid, arguments), plain, exact, 2 * sizes)
 
 
 def test_other_implementations_have_whole_lists(monkeypatch):
@@ -116,7 +179,7 @@ def test_other_implementations_have_whole_lists(monkeypatch):
     grid, tensors = TokenGrid(1, 9, 15), [torch.randn(1, 1, 135, 16) for _ in range(3)]
     out = attend_all(*tensors, grid, PlanArguments(impl="portable"))
     torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(*tensors))
-    assert {row.name for row in impls.ROWS if row.kernel == impls.BLOCK_SPARSE and row.cuts} == {
+    assert {row.name for row in impls.ROWS if row.list_start is not None} == {
         "triton", "triton8", "gluon", "gluon_triton"
     }  # fmt: skip
 
@@ -126,6 +189,6 @@ def test_the_number_of_pieces_is_found_in_a_compiled_function(monkeypatch):
     monkeypatch.setattr(pieces, "multiprocessors", lambda _: 40)
     monkeypatch.setattr(pieces, "MERGE", 0)
     grid, _, (*tensors, _), _, arguments = case_of("first")
-    assert pieces.fastest(1, 6, 40) > 1
+    assert pieces.fastest(1, 6, 64, 40, TRITON_START) > 1
     attend = torch.compile(attend_all, fullgraph=True, backend="aot_eager")
     assert torch.equal(attend(*tensors, grid, arguments), attend_all(*tensors, grid, arguments))

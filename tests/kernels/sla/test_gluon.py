@@ -5,8 +5,6 @@ runs in a process of its own. The interpreter has no bfloat16, so tests of the f
 """
 
 import dataclasses
-import functools
-import os
 
 import pytest
 import torch
@@ -24,23 +22,10 @@ gluon = pytest.importorskip("dit_accel.kernels.sla.gluon")
 gluon_forward = pytest.importorskip("dit_accel.kernels.sla.gluon_forward")
 triton = pytest.importorskip("dit_accel.kernels.sla.triton")
 emulator = pytest.importorskip("emulator")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NATIVE = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and not INTERPRETED
+calls = pytest.importorskip("gluon_calls")
+NATIVE, pytestmark = calls.NATIVE, calls.SOMEWHERE
 DEVICE = "cuda" if NATIVE else "cpu"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not NATIVE, reason="needs TRITON_INTERPRET=1 or a GPU of compute capability 9.0"
-)
 KERNEL = gluon_forward.sparse_linear_gluon_fwd_kernel
-
-
-class Emulated:
-    """A kernel that is launched as a jitted one is, under the emulator."""
-
-    def __init__(self, **options):
-        self.options = options
-
-    def __getitem__(self, grid):
-        return functools.partial(emulator.launch, KERNEL, grid, **self.options)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +33,7 @@ def emulate(monkeypatch):
     """Runs "gluon" under the emulator, where no GPU runs it; a test may ask for an order of events."""
 
     def use(**options):
-        monkeypatch.setattr(gluon, "sparse_linear_gluon_fwd_kernel", Emulated(**options))
+        monkeypatch.setattr(gluon, "sparse_linear_gluon_fwd_kernel", calls.Emulated(KERNEL, **options))
 
     if not NATIVE:
         monkeypatch.setattr(gluon.engine, "multiprocessors", lambda _: 2)

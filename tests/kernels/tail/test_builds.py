@@ -21,11 +21,11 @@ from tools.kernels.block_sparse import BLOCKS, HEAD_DIMS, TILES
 @pytest.fixture
 def launched(monkeypatch):
     """Every launch of a forward and a backward pass: kernel, constants. Nothing runs."""
-    found = []
+    launches = []
 
     def note(kernel, _, __, constants, *rest):
         if kernel in triton.JIT or kernel.__name__ in ("outside_kernel", "pseudo_keys_kernel"):
-            found.append((kernel, constants))
+            launches.append((kernel, constants))
 
     for module, name in ((triton.tuning, "launch"), (triton, "run")):
         monkeypatch.setattr(module, name, note)
@@ -44,7 +44,7 @@ def launched(monkeypatch):
                 triton.forward(TailedInputs(exact, None, share), {})
             parts = triton.parts_of(TailedInputs(exact, None, False), {})
             triton.add_gradients((q.clone(), q.clone(), q.clone()), q, lse, q, lse, parts)
-    return found
+    return launches
 
 
 @pytest.mark.parametrize("arch", ARCHS)

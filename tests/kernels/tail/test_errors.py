@@ -24,8 +24,8 @@ def by_definition(plan, q, k, v, scale):
         center = q[:, :, rows == i].mean(2, keepdim=True)
         for j in range(errors.shape[3]):
             keys, values = k[:, :, columns == j], v[:, :, columns == j]
-            own, pooled = ((center * x).sum(-1).mul(scale).exp() for x in (keys, keys.mean(2, keepdim=True)))
-            wrong = own[..., None] * values - pooled[..., None] * values.mean(2, keepdim=True)
+            weights, pooled = ((center * x).sum(-1).mul(scale).exp() for x in (keys, keys.mean(2, keepdim=True)))
+            wrong = weights[..., None] * values - pooled[..., None] * values.mean(2, keepdim=True)
             errors[:, :, i, j] = wrong.square().sum((-1, -2)) / (rows == i).sum() / (columns == j).sum()
     return errors
 
@@ -38,8 +38,8 @@ def test_errors_equal_their_definition(order):
         dit_accel.plan("sparge", RAGGED, **SETTINGS, order=order, score=score) for score in ("error", "mean")
     )
     wanted = by_definition(plan, q, k, v, 1.5)
-    found = tail_errors(*(plan.arrange(x) for x in (q, k, v)), plan.query_order, plan.key_order, 1.5)
-    shares = [x / x.sum(-1, keepdim=True) for x in (found, wanted)]
+    errors = tail_errors(*(plan.arrange(x) for x in (q, k, v)), plan.query_order, plan.key_order, 1.5)
+    shares = [x / x.sum(-1, keepdim=True) for x in (errors, wanted)]
     torch.testing.assert_close(*shares, rtol=1e-11, atol=1e-30)  # of one token: 0, and the square of a rounding
     lists = plan.route(q, k, values=v, scale=1.5)
     assert torch.equal(lists.counts, by_means.route(q, k, scale=1.5).counts)

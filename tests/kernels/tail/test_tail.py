@@ -117,9 +117,9 @@ def test_runs_are_bit_equal():
         leaves = [x.clone().requires_grad_() for x in tensors]
         exact, lse = attend_visual(*leaves, lists, *case.orders, lse=True)
         results = with_tail(*leaves, exact, lse, lists, *case.orders)
-        found = [*results, *torch.autograd.grad(results, leaves, [upstream, grad_lse])]
-        first = first or found
-        assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
+        run = [*results, *torch.autograd.grad(results, leaves, [upstream, grad_lse])]
+        first = first or run
+        assert all(torch.equal(a, b) for a, b in zip(first, run, strict=True))
 
 
 def arguments(case):

@@ -82,9 +82,9 @@ def test_runs_are_bit_equal():
         leaves = [x.to(case.device).requires_grad_() for x in tensors]
         results = attend_with_tail(*leaves, lists, *case.orders, impl="triton")[:2]
         grads = torch.autograd.grad(results, leaves, [upstream.to(case.device), grad_lse.to(case.device)])
-        found = [*results, *grads]
-        first = first or found
-        assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
+        run = [*results, *grads]
+        first = first or run
+        assert all(torch.equal(a, b) for a, b in zip(first, run, strict=True))
 
 
 @pytest.mark.parametrize("order", ["morton", "tile"])

@@ -44,3 +44,10 @@ def test_the_table_has_measured_rows_beside_predicted_ones(capsys):
     lines = list(predict.table([{"row": "flux-2k/gna/0.1/bfloat16/forward", "ms_p50": 0.9}], ["flux-2k"]))
     assert lines[0].endswith("measured |") and len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| `gna` flux-2k") and lines[2].endswith("| 0.9 |")
+
+
+@pytest.mark.parametrize(("options", "start"), [([], predict.START), (["--start", "8"], predict.PROGRAM)])
+def test_the_command_takes_what_an_item_takes_beside_its_steps(capsys, monkeypatch, options, start):
+    monkeypatch.setattr("sys.argv", ["predict", "--shape", "flux-2k", *options])
+    predict.main()
+    assert capsys.readouterr().out.splitlines() == list(predict.table([], ["flux-2k"], start))

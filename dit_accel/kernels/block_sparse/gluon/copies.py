@@ -130,7 +130,7 @@ class Walk(NamedTuple):
 
 @gluon.jit
 def program_number():
-    """This program's number in its sample. The assembler sees a new number in each call, as in `program_sample`.
+    """This program's number. The assembler sees a new number in each call, as in `program_sample`.
 
     Otherwise it divides before the warps part, and holds what follows from the number in registers of all of them.
     """

@@ -300,10 +300,11 @@ def block_sparse_gluon_fwd_kernel(
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Output [B, Nq, H, D] and LSE [B, H, Nq] of one query block of one head.
+    """Output [B, Nq, H, D] and LSE [B, H, Nq] of the items that this program takes, a query block of one head each.
 
     Args:
         problem: `copies.GluonProblem`.
+        queue: `items.Queue`, from which all programs take items.
         distances: `copies.Distances` of q, k and v.
         scale: of the logits, above 0, in base 2.
         tokens: Nq.

@@ -35,7 +35,8 @@ ROWS = 64  # of a consumer
 ENDLESS = 0x7FFF0000  # an axis of a descriptor that bounds nothing
 STAGES = 3  # steps of 128 keys and values in shared memory, as many as it holds with D = 128
 STAGES_DQ, STAGES_DKDV = 2, 4  # of dk and dv: units of 64 queries and gradients
-LAUNCH = Launch(4, STAGES, KEYS.value, registers=168)  # 12 warps in all; the kernel shares registers out
+# 12 warps in all; the kernel shares registers out.
+LAUNCHES = (Launch(4, STAGES, KEYS.value, registers=168),)
 
 
 def forward(call: BlockSparseInputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +68,7 @@ def forward(call: BlockSparseInputs) -> tuple[torch.Tensor, torch.Tensor]:
     tensors = lse, *(descriptor for pair in pairs for descriptor in pair), problem, queue
     launched = tuning.launch(
         block_sparse_gluon_fwd_kernel, programs,
-        (*tensors, distances, scale * LOG2E, launches.query_tokens), launches.constants(), (LAUNCH,), (),
+        (*tensors, distances, scale * LOG2E, launches.query_tokens), launches.constants(), LAUNCHES, (),
     )  # fmt: skip
     in_place = all(x.data_ptr() == pair[0].base.data_ptr() for x, pair in zip(read, pairs, strict=False))
     if launched is not None and in_place:
@@ -108,7 +109,7 @@ def backward(
             *(descriptor for pair in (*pairs, written) for descriptor in pair),
             launches.problem(listed, grad_lse is not None), distances, scale, launches.query_tokens,
         ),
-        {**launches.constants(), "STAGES": STAGES_DQ}, (LAUNCH,), (),
+        {**launches.constants(), "STAGES": STAGES_DQ}, LAUNCHES, (),
     )  # fmt: skip
 
     pairs, distances = zip(*of_queries[:2], *parts, strict=True)
@@ -121,7 +122,7 @@ def backward(
             statistics, *(descriptor for pair in (*pairs, *both) for descriptor in pair),
             visits, launches.problem(by_keys, transposed.numbers is not None), distances, scale, k.shape[2],
         ),
-        {**launches.constants(), "PART_K": part, "STAGES": STAGES_DKDV}, (LAUNCH,), (),
+        {**launches.constants(), "PART_K": part, "STAGES": STAGES_DKDV}, LAUNCHES, (),
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -167,6 +168,7 @@ class GluonLaunches(BlockSparseLaunches):
 
 def queue_of(blocks: int, heads: int, device: torch.device) -> tuple[tuple[int], Queue]:
     """As `GluonLaunches.in_turn`; `heads` are those of all samples."""
+    assert len(LAUNCHES) == 1, "to be timed, a second candidate would run with the counter that the first has spent"
     items = blocks * heads
     return (min(items, multiprocessors(device)),), Queue(counter_on(device), items, heads)
 
