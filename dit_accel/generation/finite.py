@@ -49,8 +49,8 @@ def find_place(pipe: DiffusionPipeline, run: Callable[..., Any]) -> str:
     ]
     try:
         run(**more)
-    except _Place as found:
-        return str(found)
+    except _Place as place:
+        return str(place)
     finally:
         for hook in hooks:
             hook.remove()

@@ -264,6 +264,7 @@ def _steps(pipe: DiffusionPipeline, title: str, device: torch.device, progress: 
 def attention_time(pipe: Any, device: torch.device) -> Iterator[Stopwatch]:
     """Time a pipeline's self-attention modules (projections, attention and output) inside a with block.
 
+    Where blocks permute tokens along a curve for their modules, that is not in it.
     The transformers must not be compiled: hooks inside a compiled block break its graph.
     """
     from dit_accel.pipelines.targets import find_transformers

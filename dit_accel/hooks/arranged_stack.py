@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ from dit_accel.pipelines.sharding import Counted, replace_tokens
 from dit_accel.pipelines.stacks import BlockStack, Streams
 from dit_accel.plans import ramps
 from dit_accel.plans.curves import Curve, Rows, rows_along
-from dit_accel.plans.plan import building
 from dit_accel.plans.routed import RoutedPlan
 from dit_accel.tokens import TokenGrid
 
@@ -38,13 +37,47 @@ Decisions = Mapping[Any, tuple[Any, str, str] | str]
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
 
 
+class SharedCopies:
+    """Copies along a curve of tensors that many blocks get, such as positions, while their transformer is called.
+
+    Blocks that are recomputed behind the call make their own.
+    """
+
+    def __init__(self) -> None:
+        self._copies: list[tuple[torch.Tensor, Rows, torch.Tensor]] = []
+        self._open = False
+
+    def open(self) -> None:
+        """A call begins."""
+        self._open = True
+
+    def close(self, *call: Any) -> None:
+        """A call ends, or has failed."""
+        self._open = False
+        self._copies.clear()
+
+    def clear(self) -> None:
+        """A run ends."""
+        self._copies.clear()
+
+    def get(self, value: torch.Tensor, rows: Rows, copy: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The copy of a tensor along `rows`, which `copy` makes."""
+        for original, along, present in self._copies:
+            if original is value and along is rows:
+                return present
+        copied = copy()
+        if self._open:
+            self._copies.append((value, rows, copied))
+        return copied
+
+
 class ArrangedBlock(AtWork):
     """The hooks of one block.
 
     Args:
         stack: the block's.
         streams: what it returns.
-        copies: tensors of the call under way and their copies along a curve, which all blocks share.
+        copies: of the transformer.
 
     Attributes:
         layers: its self-attention.
@@ -53,16 +86,15 @@ class ArrangedBlock(AtWork):
         first, last: whether the run begins or ends here.
     """
 
-    def __init__(self, block: nn.Module, stack: BlockStack, streams: Streams, copies: list[Any]) -> None:
+    def __init__(self, block: nn.Module, stack: BlockStack, streams: Streams, copies: SharedCopies) -> None:
         from diffusers.utils.torch_utils import unwrap_module
 
         self._block, self._copies, self._visual = block, copies, stack.visual
         names = list(inspect.signature(type(unwrap_module(block)).forward).parameters)[1:]
         self._places = {name: place for place, name in enumerate(names)}
         self._returned = None if len(streams) == 1 else streams.index(stack.visual)
-        taken = {name: axes for name, axes in (stack.by_token or {}).items() if name in names}
-        self.counts = any(isinstance(axes, Counted) for axes in taken.values())
-        self._by_token = taken
+        self._by_token = {name: axes for name, axes in (stack.by_token or {}).items() if name in names}
+        self.counts = any(isinstance(axes, Counted) for axes in self._by_token.values())
         self.layers: list[AcceleratedLayer] = []
         self.rows: Rows | None = None
         self.first = self.last = False
@@ -93,29 +125,28 @@ class ArrangedBlock(AtWork):
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.rows is None:
             return None
-        given, named = list(args), dict(kwargs)
+        positional, keywords = list(args), dict(kwargs)
         for name, axes in (*self._by_token.items(), *(((self._visual, 1),) if self.first else ())):
-            values: Any = named if name in named else given
-            place: Any = name if name in named else self._places[name]
-            if name in named or place < len(given):
-                take = self._take if name == self._visual else self._take_once
+            values: Any = keywords if name in keywords else positional
+            place: Any = name if name in keywords else self._places[name]
+            if name in keywords or place < len(positional):
+                take = self._take if name == self._visual else self._take_shared
                 values[place] = replace_tokens(values[place], axes, take)
-        return tuple(given), named
+        return tuple(positional), keywords
 
     def _take(self, value: torch.Tensor, axis: int) -> torch.Tensor:
         assert self.rows is not None
         return value.index_select(axis, self.rows[0].to(value.device))
 
-    def _take_once(self, value: torch.Tensor, axis: int) -> torch.Tensor:
-        """`_take`; a tensor that many blocks get, such as positions, is copied once if no gradients flow."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    def _take_shared(self, value: torch.Tensor, axis: int) -> torch.Tensor:
+        """`_take`, once for all blocks; each takes its own where gradients flow, so that none of them sums the others'.
+
+        A traced call has no call's copies.
+        """
+        if torch.compiler.is_compiling() or value.requires_grad:
             return self._take(value, axis)
-        for original, rows, copy in self._copies:
-            if original is value and rows is self.rows:
-                return copy
-        copy = self._take(value, axis)
-        self._copies.append((value, self.rows, copy))
-        return copy
+        assert self.rows is not None
+        return self._copies.get(value, self.rows, lambda: self._take(value, axis))
 
     def _behind(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not self.last:
@@ -145,10 +176,10 @@ class ArrangedStack(AtWork):
         self._transformer, self._cache = transformer, cache
         stack = family.stack_of(transformer)
         self._with_text = all(len(streams) == 1 for streams in stack.lists.values())
-        self._copies: list[Any] = []
-        named = list(stack.blocks(transformer))
-        self._blocks = [ArrangedBlock(block, stack, streams, self._copies) for _, block, streams in named]
-        for (name, _, _), block in zip(named, self._blocks, strict=True):
+        self._copies = SharedCopies()
+        blocks = list(stack.blocks(transformer))
+        self._blocks = [ArrangedBlock(block, stack, streams, self._copies) for _, block, streams in blocks]
+        for (name, _, _), block in zip(blocks, self._blocks, strict=True):
             block.layers = [layer for layer in layers if layer.name.startswith(f"{name}.")]
         kind = type(transformer).__name__
         self._reason: str | None = None
@@ -156,7 +187,7 @@ class ArrangedStack(AtWork):
             self._reason = f"nothing says that the blocks of {kind} take tokens in any order"
         elif any(block.counts for block in self._blocks):
             self._reason = f"the blocks of this {kind} count the tokens of the first frame"
-        self._known: dict[tuple[Curve, TokenGrid, torch.device], Rows] = {}
+        self._rows_along: dict[tuple[Curve, TokenGrid, torch.device], Rows] = {}
         self.notes: list[str] = []
         self._attached = False
 
@@ -165,11 +196,14 @@ class ArrangedStack(AtWork):
         configs = [layer.config for block in self._blocks for layer in block.layers if layer.config is not None]
         curved = any(ramps.at(config).curve for config in configs)
         self._attached = curved and self._reason is None
-        return [handle for block in self._blocks for handle in block.attach()] if self._attached else []
+        if not self._attached:
+            return []
+        release = self._transformer.register_forward_hook(self._copies.close, always_call=True)
+        return [release, *(handle for block in self._blocks for handle in block.attach())]
 
     def end(self) -> None:
         """Permute nothing until `begin`."""
-        self._copies.clear()
+        self._copies.close()
         for block in self._blocks:
             block.set(None)
 
@@ -186,14 +220,13 @@ class ArrangedStack(AtWork):
         if reason is not None:
             self._note(f"tokens are permuted in each layer: {reason}")
             return
-        if not self._attached:  # settings that have no curve by their field `order`
-            return
         if self._cache is not None:
             curves[0] = curves[-1] = None
         watched = [curve is not None and block.watched for block, curve in zip(self._blocks, curves, strict=True)]
         if any(watched):
             self._note(f"tokens are permuted in layers of {sum(watched)} blocks: hooks there may read them")
             curves = [None if hidden else curve for hidden, curve in zip(watched, curves, strict=True)]
+        self._copies.open()
         for place, (block, curve) in enumerate(zip(self._blocks, curves, strict=True)):
             if curve is not None:
                 first = place == 0 or curves[place - 1] != curve
@@ -207,24 +240,24 @@ class ArrangedStack(AtWork):
         if len(block.layers) != 1:
             return None
         (layer,) = block.layers
-        known = last.get(layer.kind) if layer.dense_reason is None and layer.left is None else None
-        plan = known[0] if isinstance(known, tuple) else None
+        decision = last.get(layer.kind) if layer.dense_reason is None and layer.left is None else None
+        plan = decision[0] if isinstance(decision, tuple) else None
         return plan.curve if isinstance(plan, RoutedPlan) else None
 
     def _rows(self, curve: Curve, layout: CallLayout, device: torch.device) -> Rows:
         key = curve, layout.grid, device
-        if key not in self._known:
+        if key not in self._rows_along:
             grid = layout.grid if self._with_text else dataclasses.replace(layout.grid, text=0)
-            others = {known: rows for known, rows in self._known.items() if known[1:] == key[1:]}
-            with building():
-                rows, places = rows_along(curve, grid)
-            self._known = others | {key: (rows.to(device), places.to(device))}
-        return self._known[key]
+            of_this_grid = {other: rows for other, rows in self._rows_along.items() if other[1:] == key[1:]}
+            self._rows_along = of_this_grid | {key: rows_along(curve, grid, device)}
+        return self._rows_along[key]
 
     def _obstacle(self, layout: CallLayout) -> str | None:
         """Why this call's tokens cannot be permuted between blocks; None if they can."""
         transformer, cache = self._transformer, self._cache
         theirs = present_cache(transformer) if cache is None else None
+        if not self._attached:
+            return "the settings have no field order that names a curve"
         if context_parallel.config_of(transformer) is not None:
             return "processes share them"
         if layout.rows is not None:

@@ -129,8 +129,8 @@ class Engine(AtWork):
         self._dense_backend.set()
         for layer in self.layers:
             module = None if layer.dense_reason is not None else self._method.learned(ramps.at(layer.config))
-            own = layer.attention
-            layer.attach(module, self._family.channels(own), self._family.head_dim(own), self._family.heads(own))
+            attention, family = layer.attention, self._family
+            layer.attach(module, family.channels(attention), family.head_dim(attention), family.heads(attention))
         if self._method.module is not None and hasattr(self._transformer, "save_pretrained"):
             kind: Any = type(self._transformer)
             save = types.MethodType(without_learned(kind.save_pretrained), self._transformer)

@@ -43,15 +43,15 @@ def along(curve: Curve, shape: Shape) -> torch.Tensor:
         return (points[:, 0] * height + points[:, 1]) * width + points[:, 2]
 
 
-def rows_along(curve: Curve, grid: TokenGrid) -> Rows:
+def rows_along(curve: Curve, grid: TokenGrid, device: torch.device) -> Rows:
     """A sequence with its visual tokens along a curve: the token at each place, and each token's place, int64 [tokens].
 
-    Text and conditioning tokens stay where they are.
+    Text and conditioning tokens stay where they are. Backward passes may save the rows, on every device.
     """
     with building():
         rows = torch.arange(grid.tokens)
         rows[grid.visual_rows] = grid.visual_start + along(curve, grid.shape)
-        return rows, rows.argsort()
+        return rows.to(device), rows.argsort().to(device)
 
 
 def _walk(a: Vector, b: Vector, c: Vector, known: dict[bytes, Vector]) -> Vector:

@@ -97,8 +97,7 @@ class RoutedPlan(Plan):
     def _rows_on(self, device: torch.device) -> Rows:
         """`rows_along` the plan's curve, on a device."""
         assert self.curve is not None
-        rows, places = rows_along(self.curve, self.grid)
-        return rows.to(device), places.to(device)
+        return rows_along(self.curve, self.grid, device)
 
     def attend_visual(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanArguments

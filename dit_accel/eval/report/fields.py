@@ -7,7 +7,8 @@
     rows      [{"label", "method", "config", "command", "density", "speedup", "speedup_interval": [low, high],
               "attention_speedup", "loop_seconds": {"p50", "p95"}, "attention_seconds": the same, "peak_bytes", "steps",
               "guidance", "figures": {metric's name: {"value", "interval": [low, high], "samples"}}}]; None for what was
-              not measured; the first row is the untouched pipeline
+              not measured; the first row is the untouched pipeline. Attention is that of the modules: permutations
+              of tokens at blocks are not in it
     verdict   [{"text", "row": label, "command"}]; the last two where the text names a setting
     samples   [{"row": label, "prompt", "seed", "media": path, "figures": {metric's name: number}}]
     masks     [{"row": label, "image": path}]
