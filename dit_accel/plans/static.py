@@ -125,9 +125,10 @@ class StaticPlan(Plan):
             impl, _ = StaticPlan.prepare(self, q.device, q.dtype, q.shape[-1], call.impl)
             lists = self.lists(q.device, impls.named(impl).packing)
             return attend_blocks(q, k, v, lists, self.geometry, segments, text_bias=bias, scale=scale, impl=impl)[0]
-        key = q.device, q.dtype, q.shape[-1], gradients_follow(q, k, v), call.impl
+        gradients = gradients_follow(q, k, v)
+        key = q.device, q.dtype, q.shape[-1], gradients, call.impl
         if key not in self._ready or call.impl == AUTO:  # what "auto" takes may change
-            facts = Facts(*key[:3], self.geometry.block_q, self.geometry.block_k, gradients=key[3])
+            facts = Facts(*key[:3], self.geometry.block_q, self.geometry.block_k, gradients=gradients)
             chosen, _ = impls.choose(facts, call.impl)
             lists = self.lists(q.device, chosen.packing)
             self._ready[key] = chosen, lists, opened(lists, self.geometry, chosen.packing)
@@ -135,7 +136,7 @@ class StaticPlan(Plan):
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         blocks_call = BlockSparseInputs(q, k, v, lists, segments, self.geometry, scale)
         check_tensors(blocks_call)
-        return attend_checked(chosen, blocks_call, views)[0]
+        return attend_checked(chosen, blocks_call, gradients, views)[0]
 
 
 class MaskPlan(StaticPlan):

@@ -90,7 +90,7 @@ def attend_blocks(
     lists, geometry = cut_blocks(lists, geometry, chosen.cuts)
     call = call._replace(lists=lists if chosen.packing else lists._replace(packed=None), geometry=geometry)
     pieces = pieces_of(call, chosen) if few else 1
-    out, sums = attend_checked(chosen, in_pieces(call, pieces) if pieces > 1 else call)
+    out, sums = attend_checked(chosen, in_pieces(call, pieces) if pieces > 1 else call, gradients)
     if pieces > 1:
         assert sums is not None
         out, sums = merged(out, sums, pieces)
@@ -101,13 +101,15 @@ def attend_blocks(
 
 
 def gradients_follow(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and True in [x.requires_grad for x in tensors]  # any() is a Python call for each
 
 
 def attend_checked(
-    chosen: Implementation, call: BlockSparseInputs, opened: BlockLists | None = None
+    chosen: Implementation, call: BlockSparseInputs, gradients: bool, opened: BlockLists | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """`attend_blocks` without its checks; `opened` are the lists for a call outside the custom op.
+
+    `gradients`: as of `gradients_follow`.
 
     The op serves autograd, tracing and profiles, which show its name, and hides modes such as a default device from
     the implementation. Where none is at work, the implementation is called by itself, which saves the host half of the
@@ -115,7 +117,7 @@ def attend_checked(
     """
     if chosen.autograd:
         return chosen.load().forward(call)
-    followed = torch.compiler.is_compiling() or gradients_follow(*call[:3]) or traced() or _len_torch_function_stack()
+    followed = torch.compiler.is_compiling() or gradients or traced() or _len_torch_function_stack()
     if followed or type(call.q) is not Tensor or torch.autograd.profiler._is_profiler_enabled:
         return attention_forward(*call.pack(), chosen.name)
     return chosen.load().forward(call if opened is None else call._replace(lists=opened))
