@@ -7,8 +7,11 @@ import torch
 from accuracy import assert_accurate
 from roundings import gradient_sizes
 
+from dit_accel.kernels import impls
+from dit_accel.kernels.block_sparse.api import attend_visual
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.tail.api import attend_with_tail, with_first_order
+from dit_accel.kernels.impls import Facts
+from dit_accel.kernels.tail.api import attend_with_tail, with_first_order, with_tail
 from dit_accel.order import TokenOrder
 from dit_accel.plans.plan import attention
 from dit_accel.plans.sampled import SampledQueries, pooled
@@ -22,6 +25,9 @@ NAMES = ("out", "lse", "dq", "dk", "dv")
 # Roundings of eps / 2 beyond those of plain PyTorch, in eps. Output: the exact part, the tail, their sum. Gradients:
 # the exact part's output and its gradient, each part's share, their sum.
 PARTS = {"out": 1.5, "dq": 2.5, "dk": 2.5, "dv": 2.5}
+# By one kernel. Output: its rounding. dv: each part's, their sum (the gradients are added in the inputs' dtype, the
+# first one behind a rounding of its own). dq and dk: the rounded output, from which delta is made, besides.
+ONE_KERNEL = {"out": 0.5, "dq": 1.5, "dk": 1.5, "dv": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +141,14 @@ def magnitudes(q, k, v, case, listed, dropped, upstream):
     return sizes | {"out": torch.maximum(average, out.abs()), "lse": lse.abs().clamp(min=1)}
 
 
-def check(case, gradients=True):
+def beside(q, k, v, lists, *orders, dropped, text_lens, scale, share, impl):
+    """`attend_with_tail` with attention that does not take the tail, which gives no share."""
+    assert not share
+    exact, lse = attend_visual(q, k, v, lists, *orders, text_lens=text_lens, scale=scale, lse=True, impl="portable")
+    return *with_tail(q, k, v, exact, lse, lists, *orders, dropped=dropped, scale=scale, impl=impl), None
+
+
+def check(case, gradients=True, attend=attend_with_tail):
     """Output, LSE and every gradient of a call, against fp64 and plain PyTorch in the same dtype."""
     tensors, upstream, listed, dropped = setup(case)
     padding = torch.zeros(case.batch, 1, case.grid.tokens, 1, dtype=torch.bool)
@@ -150,7 +163,7 @@ def check(case, gradients=True):
         lists = BlockLists(*(x.to(case.device) for x in lists_of(listed)[:2]))
         lens = None if case.text_lens is None else torch.tensor(case.text_lens, device=case.device)
         drop = None if dropped is None else dropped.to(case.device)
-        out, lse, share = attend_with_tail(
+        out, lse, share = attend(
             q, k, v, lists, *case.orders, dropped=drop, text_lens=lens, scale=case.scale, share=case.first_order,
             impl=case.impl,
         )  # fmt: skip
@@ -171,9 +184,18 @@ def check(case, gradients=True):
     plain = run(lambda *x: formula(*x, case, listed, dropped, case.dtype), case.dtype)
     exact = run(lambda *x: formula(*x, case, listed, dropped, torch.float64), torch.float64)
     assert got[0].dtype == case.dtype and got[1].dtype == torch.promote_types(case.dtype, torch.float32)
-    sums = magnitudes(*tensors, case, listed, dropped, upstream)
-    for name, mine, simple, truth in zip(NAMES[: len(got)], got, plain, exact, strict=True):
-        assert_accurate(name, mine, simple.nan_to_num(0.0), truth, magnitude=PARTS.get(name, 1) * sums[name])
+    sums, parts = magnitudes(*tensors, case, listed, dropped, upstream), parts_of(case, attend)
+    for name, result, simple, truth in zip(NAMES[: len(got)], got, plain, exact, strict=True):
+        assert_accurate(name, result, simple.nan_to_num(0.0), truth, magnitude=parts.get(name, 1) * sums[name])
+
+
+def parts_of(case, attend):
+    """Roundings by name, see `PARTS`."""
+    q = torch.empty(0, dtype=case.dtype, device=case.device)
+    facts = Facts.of(q.device, q.dtype, case.dim, *case.orders, gradients=True, lse=True)
+    if attend is not attend_with_tail or not impls.named(case.impl).takes_tail(facts):
+        return PARTS
+    return ONE_KERNEL | {"out": ONE_KERNEL["out"] + 0.5 * case.first_order}
 
 
 def check_rows_without_keys(impl, **more):
@@ -207,8 +229,8 @@ def check_calls(chosen, sampled, tensors, upstream, dtype, impl="auto"):
     got = results(lambda *x: attention(*x, chosen, impl=impl), dtype)
     plain, exact = results(defined, dtype), results(defined, torch.float64)
     sums = sizes_of(sampled, *(x[0, 0].double() for x in (*tensors, upstream)), exact[0][0, 0], dtype)
-    for name, mine, simple, truth in zip(("out", "dq", "dk", "dv"), got, plain, exact, strict=True):
-        assert_accurate(name, mine, simple, truth, magnitude=PARTS[name] * sums[name])
+    for name, result, simple, truth in zip(("out", "dq", "dk", "dv"), got, plain, exact, strict=True):
+        assert_accurate(name, result, simple, truth, magnitude=PARTS[name] * sums[name])
 
 
 def check_error_calls(impl, frames=3):
@@ -231,10 +253,10 @@ def sizes_of(sampled, q, k, v, grad, out, dtype):
     logits = torch.cat([q @ k.T * scale, q @ keys.T * scale + weights.log()], -1)
     logits = logits.masked_fill(~torch.cat([seen, tail], -1), -torch.inf)
     every = torch.cat([k, keys]), torch.cat([v, values])
-    found = gradient_sizes(q, *every, grad, out, logits, logits.logsumexp(-1), scale, dtype)
+    sizes = gradient_sizes(q, *every, grad, out, logits, logits.logsumexp(-1), scale, dtype)
     block = plan.block_of(plan.key_order)
     for name in ("dk", "dv"):  # each token has its part of its block's
-        own, of_blocks = found[name][: len(k)], found[name][len(k) :] / held[:, None]
-        own[plan.grid.visual_rows] += of_blocks[block]
-        found[name] = own
-    return found | {"out": torch.maximum(logits.softmax(-1) @ every[1].abs(), out.abs())}
+        of_tokens, of_blocks = sizes[name][: len(k)], sizes[name][len(k) :] / held[:, None]
+        of_tokens[plan.grid.visual_rows] += of_blocks[block]
+        sizes[name] = of_tokens
+    return sizes | {"out": torch.maximum(logits.softmax(-1) @ every[1].abs(), out.abs())}

@@ -11,10 +11,13 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from messages import names
+from roundings import gradient_sizes
 from tail_calls import (
     INTERPRETED,
+    PARTS,
     TEXT,
     Case,
+    beside,
     check,
     check_error_calls,
     check_rows_without_keys,
@@ -25,9 +28,9 @@ from tail_calls import (
 import dit_accel
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
-from dit_accel.kernels.block_sparse.api import attend_visual, visual_call
+from dit_accel.kernels.block_sparse.api import visual_call
 from dit_accel.kernels.block_sparse.geometry import BlockLists
-from dit_accel.kernels.tail.api import attend_with_tail, with_first_order, with_tail
+from dit_accel.kernels.tail.api import attend_with_tail, with_first_order
 from dit_accel.kernels.tail.ops import attention_with_tail, attention_with_tail_backward
 from dit_accel.tokens import TokenGrid
 
@@ -173,35 +176,44 @@ def test_lists_with_tables_are_refused():
         attend_with_tail(*leaves, tabled, *case.orders, impl="triton")
 
 
-def test_beside_attention_that_does_not_take_it():
-    """With the exact part of any implementation: output, LSE and all gradients as those of `portable`."""
-    case = Case(SMALL, dim=16, dropped=0.3, impl="triton", **ONE)
-    results = []
-    for impl in ("triton", "portable"):
-        leaves, lists, dropped, upstream = leaves_of(case)
-        exact, exact_lse = attend_visual(*leaves, lists, *case.orders, lse=True, impl="portable")
-        out, lse = with_tail(*leaves, exact, exact_lse, lists, *case.orders, dropped=dropped, impl=impl)
-        gradients = torch.autograd.grad((out * upstream).sum() + lse.sin().sum(), [*leaves, exact, exact_lse])
-        results.append((out, lse, *gradients))
-    for mine, other in zip(*results, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("name", ["dropped", "tiles", "fp16", "everything listed", "text"])
+def test_beside_attention_that_does_not_take_it(name):
+    check(dataclasses.replace(CASES[name], impl="triton"), attend=beside)
 
 
 def test_text_that_is_weighed_is_merged_behind_the_tail():
+    """Output, LSE, share and gradients within the budget; in fp64 `portable` has no rounding that counts."""
     case = Case(TokenGrid(2, 3, 7, **TEXT), dim=16, impl="triton", heads=1)
-    results = []
-    for impl in ("triton", "portable"):
-        leaves, lists, _, upstream = leaves_of(case)
-        generator = torch.Generator().manual_seed(2)
-        text = {
-            "text_lens": torch.tensor([11, 3], device=case.device),
-            "text_bias": torch.randn(2, case.grid.tokens, generator=generator).to(case.device),
-        }
-        out, lse, share = attend_with_tail(*leaves, lists, *case.orders, share=True, impl=impl, **text)
-        total = (with_first_order(out, share, *leaves, case.orders[1], None) * upstream).sum() + lse.sin().sum()
-        results.append((out, lse, share, *torch.autograd.grad(total, leaves)))
-    for mine, other in zip(*results, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    tensors, (upstream, grad_lse), listed, _ = setup(case)
+    lists = lists_of(listed)
+    bias, lens = torch.randn(2, case.grid.tokens), torch.tensor([11, 3])
+
+    def results(impl, dtype, device="cpu"):
+        leaves = [x.to(device, dtype).requires_grad_() for x in tensors]
+        text = {"text_lens": lens.to(device), "text_bias": bias.to(device, dtype)}
+        out, lse, share = attend_with_tail(
+            *leaves, lists.to(torch.device(device)), *case.orders, share=True, impl=impl, **text
+        )
+        whole = with_first_order(out, share, *leaves, case.orders[1], None)
+        total = (whole * upstream.to(out)).sum() + (lse * grad_lse.to(lse)).sum()
+        return [x.detach().cpu() for x in (whole, lse, share, *torch.autograd.grad(total, leaves))]
+
+    got, plain = results("triton", torch.float32, case.device), results("portable", torch.float32)
+    exact = results("portable", torch.float64)
+    q, k, v = (x.double() for x in tensors)
+    queries, scale, (out, lse) = q[:, :, case.grid.visual_rows], case.dim**-0.5, exact[:2]
+    place = torch.arange(case.grid.tokens) - case.grid.text_start
+    hidden = (place >= lens[:, None]) & (place < case.grid.text)
+    weighed = bias.double()[:, case.grid.visual_rows]
+    logits = queries @ k.mT * scale + weighed[:, None, :, None] * hidden[:, None, None, :]
+    logits = torch.minimum(logits, lse[..., None])
+    sizes = gradient_sizes(
+        queries, k, v, upstream.double(), out, logits, lse, scale, torch.float32, grad_lse=grad_lse.double()
+    )
+    average = torch.exp(logits - lse[..., None]) @ v.abs()
+    sizes |= {"out": torch.maximum(average, out.abs()), "lse": lse.abs().clamp(min=1)}
+    for name, *values in zip(("out", "lse", "share", "dq", "dk", "dv"), got, plain, exact, strict=True):
+        assert_accurate(name, *values, magnitude=PARTS[name] * sizes[name] if name in PARTS else sizes.get(name))
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -230,6 +242,6 @@ def test_compiles_in_one_graph():
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     want, got = (function(*leaves, lists.indices, lists.counts) for function in (attend, compiled))
-    torch.testing.assert_close(got, want)
-    for mine, other in zip(*(torch.autograd.grad(out.sin().sum(), leaves) for out in (got, want)), strict=True):
-        torch.testing.assert_close(mine, other)
+    assert torch.equal(got, want)
+    grads = (torch.autograd.grad(out.sin().sum(), leaves) for out in (got, want))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
