@@ -77,21 +77,21 @@ class SampleSegments(NamedTuple):
     Attributes:
         tensors: `SegmentRows` of samples; what is not given is not read.
         usual: the same of samples of which nothing is given.
-        given: bit 0 says that the starts are read, bit 1 the lengths of text.
+        present: bit 0 says that the starts are read, bit 1 the lengths of text.
         shared_rows: 1 if the queries are the keys' tokens, 0 if they are visual tokens from row 0 on.
     """
 
     tensors: Any
     usual: Any
-    given: Any
+    present: Any
     shared_rows: Any
 
     @classmethod
     def of(cls, segments: Segments, geometry: Geometry, unread: torch.Tensor) -> SampleSegments:
         """`unread`: any int32 tensor, in place of those that are not given."""
-        given = (segments.visual_start is not None) + 2 * (segments.text_len is not None)
+        present = (segments.visual_start is not None) + 2 * (segments.text_len is not None)
         tensors = SegmentRows(*(unread if x is None else x for x in segments))
-        return cls(tensors, SegmentRows(*geometry.usual), given, int(not geometry.own_queries))
+        return cls(tensors, SegmentRows(*geometry.usual), present, int(not geometry.own_queries))
 
 
 class Lists(NamedTuple):

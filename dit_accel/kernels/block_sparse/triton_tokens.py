@@ -22,11 +22,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def segments_of(i_b, samples):
     """Where one sample's segments begin, and its valid text tokens."""
     tensors, usual = samples.tensors, samples.usual
-    placed = (samples.given & 1) != 0
+    placed = (samples.present & 1) != 0
     visual_start = tl.load(tensors.visual_start + i_b, mask=placed, other=usual.visual_start)
     conditioning_start = tl.load(tensors.conditioning_start + i_b, mask=placed, other=usual.conditioning_start)
     text_start = tl.load(tensors.text_start + i_b, mask=placed, other=usual.text_start)
-    text_len = tl.load(tensors.text_len + i_b, mask=(samples.given & 2) != 0, other=usual.text_len)
+    text_len = tl.load(tensors.text_len + i_b, mask=(samples.present & 2) != 0, other=usual.text_len)
     return SegmentRows(visual_start, conditioning_start, text_start, text_len)
 
 

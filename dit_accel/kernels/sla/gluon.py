@@ -51,7 +51,7 @@ def forward(
     queries, keys = TiledSide.of(query_order)._replace(visual_blocks=blocks), TiledSide.of(key_order)
     samples = SampleSegments.of(Segments(text_len=call.text_len), geometry, call.text_len)
     problem = GluonProblem.of(critical_lists(call), samples, queries, keys, query_order, heads)
-    problem = problem._replace(dense=0, list_rows=blocks, query_text=0, given=problem.given + 4 * training)
+    problem = problem._replace(dense=0, list_rows=blocks, query_text=0, present=problem.present + 4 * training)
     programs, queue = engine.queue_of(blocks, batch * heads, q.device)
     tuning.launch(
         sparse_linear_gluon_fwd_kernel, programs,

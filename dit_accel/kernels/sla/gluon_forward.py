@@ -120,7 +120,7 @@ def consume_both(
         acc, row_lse, _share = attend_part(walk, scale, problem, buffers, PART, D, BLOCK_K, STAGES)
         x = q.load(A)
         where = part_of(query_of(item, problem, TILE_Q), PART, TILE_Q)
-        if (problem.given & 4) != 0:
+        if (problem.present & 4) != 0:
             rows, valid = rows_of_part(where, problem.queries, HALF, S)
             head_lse = lse + over_samples(item.sample, item.head, problem).to(gl.int64) * tokens
             gl.store(head_lse + rows, row_lse, mask=valid)
@@ -138,7 +138,7 @@ def consume_both(
         table = table_in(buffers, end, D, STAGES)
         branch = warpgroup_mma(gl.convert_layout(phi, P), table, zero, use_acc=False, is_async=True)
         branch = warpgroup_mma_wait(0, deps=(branch,))
-        if (problem.given & 4) != 0:
+        if (problem.present & 4) != 0:
             tma.store_wait(0)
         mbarrier.arrive(buffers.q_empty.index(0), count=1)
         take_no_values(end, buffers, STAGES)
@@ -163,7 +163,7 @@ def sparse_linear_gluon_fwd_kernel(
 
     Arguments as in `block_sparse_gluon_fwd_kernel` and `triton_forward.sparse_linear_fwd_kernel`. The table is
     [B * H * D, D]. sums are fp32 [B, H, 2 D + 1]: the sum of phi(k), the bias, and the table's factor.
-    Bit 2 of `given` says that this is training.
+    Bit 2 of `present` says that this is training.
     """
     buffers = allocated(q_run.dtype, D, STAGES)
     gl.warp_specialize(

@@ -56,17 +56,16 @@ def test_every_launch_is_compiled_ahead_of_time(launched, arch):
     assert set(compiled) == {*declared.FUNCTIONS.values(), "outside_kernel", "pseudo_keys_kernel"}
     assert set(triton.JIT) == set(declared.FUNCTIONS)
     for kernel, constants in launched:
-        given = {name: value for name, value in constants.items() if not name.startswith("TILE")}
+        sizes = {name: value for name, value in constants.items() if not name.startswith("TILE")}
         if kernel in triton.JIT:
-            sizes = kernel, given["BLOCK_Q"], given["BLOCK_K"], given["BLOCK_D"]
-            launches = fitting(*sizes, 2, arch)
-            want = [(frozenset({**given, "STEP": each.step}.items()), each.warps, each.stages) for each in launches]
+            launches = fitting(kernel, sizes["BLOCK_Q"], sizes["BLOCK_K"], sizes["BLOCK_D"], 2, arch)
+            want = [(frozenset({**sizes, "STEP": x.step}.items()), x.warps, x.stages) for x in launches]
             name = declared.FUNCTIONS[kernel]
         else:
             name, launch = kernel.__name__, triton.OUTSIDE
             if name == "outside_kernel":
-                given["STEP"] = launch.step
+                sizes["STEP"] = launch.step
             else:
                 launch = triton.MEANS
-            want = [(frozenset(given.items()), launch.warps, launch.stages)]
+            want = [(frozenset(sizes.items()), launch.warps, launch.stages)]
         assert want and compiled[name].issuperset(want), name

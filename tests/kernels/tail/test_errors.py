@@ -65,7 +65,7 @@ def test_it_is_nearer_to_dense_than_scores_of_means_at_equal_density(kind, order
     else:
         angle = grid.coordinates().double() @ (torch.randn(3, 8, dtype=torch.float64) * 0.4)
         q = k = 2 * torch.cat([angle.sin(), angle.cos()], -1)[None, None]
-    given = [x.clone() for x in (q, k, v)]
+    before = [x.clone() for x in (q, k, v)]
     dense = plain_attention(q, k, v, torch.ones(1, 1, dtype=torch.bool), 0.25)[0]
     settings = {"topk": 0.25, "topp": 0.0, "block_q": 32, "block": 16, "order": order, "tail": "mean"}
     errors = []
@@ -73,7 +73,7 @@ def test_it_is_nearer_to_dense_than_scores_of_means_at_equal_density(kind, order
         out = dit_accel.attention(q, k, v, dit_accel.plan("sparge", grid, **settings, score=score))
         errors.append((out - dense).norm())
     assert errors[0] < errors[1]
-    assert all(torch.equal(*pair) for pair in zip(given, (q, k, v), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(before, (q, k, v), strict=True))
 
 
 def test_settings_are_checked():

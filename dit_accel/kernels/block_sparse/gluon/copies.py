@@ -72,7 +72,7 @@ class GluonProblem(NamedTuple):
         dense: query blocks behind the visual ones.
         list_rows: lists from one head to the next, 0 where all heads share them.
         spans, width: for dk and dv `triton_lists.Transposed.firsts` and the number of key blocks.
-        given: bit 2 says that an optional tensor of the kernel is read or written.
+        present: bit 2 says that an optional tensor of the kernel is read or written.
         queries, keys: a `TiledSide` each.
     """
 
@@ -81,7 +81,7 @@ class GluonProblem(NamedTuple):
     words: Any
     tensors: Any
     usual: Any
-    given: Any
+    present: Any
     queries: Any
     keys: Any
     query_text: Any
@@ -102,9 +102,9 @@ class GluonProblem(NamedTuple):
         heads: int,
     ) -> GluonProblem:
         places, spans, words, width, per_head = lists
-        tensors, usual, given, shared_rows = samples
+        tensors, usual, present, shared_rows = samples
         return cls(
-            places, spans, words, tensors, usual, given, queries, keys, query_order.grid.text, heads,
+            places, spans, words, tensors, usual, present, queries, keys, query_order.grid.text, heads,
             query_order.dense_blocks, width, per_head * query_order.blocks, shared_rows,
         )  # fmt: skip
 

@@ -151,7 +151,7 @@ def turn(
     k, v = buffers.k.index(BUFFER + (block >> 31)), buffers.v.index(BUFFER + (block >> 31))
     entry = visits.first + unit // 2
     block = gl.load(visits.entries + entry)
-    number = gl.load(visits.numbers + entry, mask=(problem.given & 4) != 0, other=-1)
+    number = gl.load(visits.numbers + entry, mask=(problem.present & 4) != 0, other=-1)
     if not START:
         dv_sum = warpgroup_mma(seen, buffers.g.index(before), dv, is_async=True)
         dk_sum = warpgroup_mma(operand, buffers.q.index(before), dk, is_async=True)
@@ -287,7 +287,7 @@ def block_sparse_gluon_dkdv_kernel(
 
     Args:
         statistics: as the dq kernel writes them.
-        visits: `records.Visits`, whose numbers are read if bit 2 of `given` is set.
+        visits: `records.Visits`, whose numbers are read if bit 2 of `present` is set.
         distances: `copies.Distances` of q, g, k and v.
         PART_K: the tile of 64 keys that a copy brings, (0, 0, 0) for raster order.
     """

@@ -114,7 +114,7 @@ def consume(
     )
     row_lse = gl.load(lse + rows, mask=valid, other=float("inf")) * LOG2E
     row_lse = gl.where(row_lse == float("-inf"), float("inf"), row_lse)
-    delta = gl.load(grad_lse + rows, mask=valid & ((problem.given & 4) != 0), other=0.0)
+    delta = gl.load(grad_lse + rows, mask=valid & ((problem.present & 4) != 0), other=0.0)
     mbarrier.wait(buffers.q_full.index(PART), 0)
     products = gl.sum(o.load(A).to(gl.float32) * g.load(A).to(gl.float32), 1)
     delta = gl.convert_layout(products, gl.SliceLayout(1, S)) - delta
@@ -154,7 +154,7 @@ def block_sparse_gluon_dq_kernel(
     """dq [B, Nq, H, D] of one query block of one head.
 
     Args:
-        lse, grad_lse: fp32 [B, H, Nq]; grad_lse is read if bit 2 of `given` is set.
+        lse, grad_lse: fp32 [B, H, Nq]; grad_lse is read if bit 2 of `present` is set.
         statistics: fp32 [B, H, 2 * query_blocks, 2, 64], written: LSE and delta of 64 slots each; see the module.
         g_tile, o_tile, ...: of the output's gradient and of the output; others as in `block_sparse_gluon_fwd_kernel`.
         distances: `copies.Distances` of q, g, o, k and v.

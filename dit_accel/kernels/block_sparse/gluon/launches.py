@@ -161,7 +161,7 @@ class GluonLaunches(BlockSparseLaunches):
 
     def problem(self, lists: Lists, optional: bool = False) -> GluonProblem:
         """`optional`: whether the kernel's optional tensor is read."""
-        samples = self.samples._replace(given=self.samples.given + 4 * optional)
+        samples = self.samples._replace(present=self.samples.present + 4 * optional)
         queries, keys = TiledSide.of(self.query_order), TiledSide.of(self.key_order)
         return GluonProblem.of(lists, samples, queries, keys, self.query_order, self.heads_of_sample)
 
