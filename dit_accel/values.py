@@ -192,7 +192,7 @@ def check(settings: Any) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise DitAccelError(f"{field.name} must be finite, got {value}.")
         if not fits(value, hint):
-            raise DitAccelError(f"{field.name} must be {_words(hint)}, got {value!r}.")
+            raise DitAccelError(f"{field.name} must be {in_words(hint)}, got {value!r}.")
         if "option" in field.metadata:
             _check_limits(field.name, field.metadata["option"], value)
 
@@ -232,14 +232,16 @@ def fits(value: Any, hint: Any) -> bool:
     return kind is not list or not inner or all(fits(item, inner[0]) for item in value)
 
 
-def _words(hint: Any) -> str:
+def in_words(hint: Any) -> str:
+    """An annotation as an error says it: ``a whole number or none``."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(map(_words, inner))
+        return " or ".join(map(in_words, inner))
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, inner))}"
     if origin is tuple:
-        return f"a list, each {_words(inner[0])}" if inner[-1] is ... else f"a list of {len(inner)}: {_words(inner[0])}"
+        words = in_words(inner[0])
+        return f"a list, each {words}" if inner[-1] is ... else f"a list of {len(inner)}: {words}"
     if origin is not None:
         return "settings by name"
     return WORDS.get(hint, "settings by name")

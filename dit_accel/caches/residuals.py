@@ -277,7 +277,7 @@ def put(
     if first:
         ours = FirstBlockHead(taken, states, config.threshold, add_up), FirstBlockTail(tail, states)
     else:
-        chosen = chosen or ChosenSteps((0,))
+        chosen = chosen or ChosenSteps((0, 1))
         ours = MagHead(taken, states, config, chosen), MagTail(tail, states, config, add_up, chosen)
     for registry, name, hook in ((registries[0], lead, ours[0]), (registries[-1], rest, ours[1])):
         registry.remove_hook(name, recurse=False)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from dit_accel.errors import DitAccelError, first_line
 from dit_accel.registry import did_you_mean, parse_settings, plain, refuse_unknown
-from dit_accel.values import fits
+from dit_accel.values import fits, in_words
 
 CONFIGS = {
     "first-block": "FirstBlockCacheConfig",
@@ -47,25 +47,33 @@ class ChosenSteps:
     r + (d + d^2 + ... + d^h) t at h steps later. Without damping it is TaylorSeer's first order (arXiv:2503.06923).
 
     Args:
-        computed: indices of steps, ascending from 0. A shorter run has only the first of them.
+        computed: indices of steps, two or more, ascending from 0. A shorter run has only the first of them.
         num_inference_steps: of the runs that the list is for; None: any.
         reuse: what is left: what the blocks added ("residual"), or what the last block returned ("output").
         damping: d, from 0 to 1; 0 reuses what is left as it is, 1 goes on along a line.
     """
 
-    computed: tuple[int, ...]
+    computed: tuple[int, ...] = ()
     num_inference_steps: int | None = None
     reuse: Literal["residual", "output"] = "residual"
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.computed[:1] != (0,) or list(self.computed) != sorted(set(self.computed)):
-            steps = "x".join(map(str, self.computed))
-            raise ValueError(f"computed are steps in ascending order from 0, such as 0x1x2x6, got {steps}.")
-        if self.num_inference_steps is not None and self.computed[-1] >= self.num_inference_steps:
-            raise ValueError(f"computed has step {self.computed[-1]}, and {self.num_inference_steps} steps end before.")
-        if self.damping > 1:
-            raise ValueError(f"damping is from 0, which reuses, to 1, which goes on along a line, got {self.damping}.")
+        chosen, steps = "x".join(map(str, self.computed)) or "none", self.num_inference_steps
+        if len(self.computed) < 2 or self.computed[0] or list(self.computed) != sorted(set(self.computed)):
+            raise ValueError(
+                f"computed={chosen} must be two steps or more in ascending order from 0. Give the steps that run, such "
+                "as computed=0x1x2x6."
+            )
+        if steps is not None and self.computed[-1] >= steps:
+            raise ValueError(
+                f"computed={chosen} has step {self.computed[-1]}, and num_inference_steps={steps} ends with step "
+                f"{steps - 1}. Leave the step out, or name the runs of more steps."
+            )
+        if not 0 <= self.damping <= 1:
+            raise ValueError(
+                f"damping={self.damping:g} must be from 0, which reuses, to 1, which goes on along a line. Try 0.6."
+            )
 
     def check(self, steps: int | None) -> None:
         """Refuse a run of `steps` steps that the list is not for."""
@@ -195,18 +203,21 @@ def _hints(name: str) -> dict[str, Any]:
 
 
 def _check(cache: str, name: str, value: Any, hint: Any) -> None:
+    # (-1, 681) is published; a cache's own class refuses what is out of the range of damping
+    within = name.endswith(("timestep_skip_range", "timestep_range")) or name == "damping"
+    low = 1 if name in LEAST_ONE or (name.endswith("_skip_range") and not within) else 0
     with contextlib.suppress(DitAccelError):
         if not fits(_diffusers(value, hint), hint):
             raise DitAccelError("")
         numbers = [
             number for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, (int, float))
         ]
-        within = name.endswith(("timestep_skip_range", "timestep_range"))  # (-1, 681) is published
-        low = 1 if name in LEAST_ONE or (name.endswith("_skip_range") and not within) else 0
         if all(math.isfinite(number) and (within or number >= low) for number in numbers):
             return
-    wanted = str(getattr(hint, "__name__", hint)).replace("typing.", "")
-    raise DitAccelError(f"{cache}'s {name} should fit {wanted} and its range, got {value!r}.")
+    kinds = {hint, *typing.get_args(hint)}
+    least = f", {low} or more" if {int, float} & kinds and not within else ""
+    form = " Write a list as 0x1x2." if any(typing.get_origin(kind) in (tuple, list) for kind in kinds) else ""
+    raise DitAccelError(f"{cache}'s {name} must be {in_words(hint)}{least}, got {value!r}.{form}")
 
 
 def _diffusers(value: Any, hint: Any) -> Any:

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 from diffusers import hooks
-from messages import names
+from messages import names, says
 
 from dit_accel.caches.ratios import ASSUMED, MagRatios, mag_ratios, published
 from dit_accel.caches.record import spans
-from dit_accel.caches.step_cache import CONFIGS, StepCache
+from dit_accel.caches.step_cache import CONFIGS, ChosenSteps, StepCache
 from dit_accel.errors import DitAccelError
 
 TEXTS = (
@@ -61,15 +61,18 @@ def test_configs_are_diffusers_own():
         ("taylorseer:cache_interval=0", "cache_interval"),
         ("taylorseer:taylor_factors_dtype=float33", "taylor_factors_dtype"),
         ("sea:residual_order=2", "residual_order"),
-        ("steps", "computed"),
-        ("steps:computed=0", "computed"),
-        ("steps:computed=1x2", "ascending"),
-        ("steps:computed=0x3x2", "ascending"),
-        ("steps:computed=0x1,num_inference_steps=0", "num_inference_steps"),
-        ("steps:computed=0x6,num_inference_steps=6", "step 6"),
-        ("steps:computed=0x1,damping=1.1", "damping"),
-        ("steps:computed=0x1,damping=-0.1", "damping"),
-        ("steps:computed=0x1,reuse=input", "reuse"),
+        ("steps", "computed=none computed=0x1x2x6"),
+        ("steps:", "computed=none computed=0x1x2x6"),
+        ("steps:computed=0", "computed 0 0x1x2"),
+        ("steps:computed=1x2", "computed=1x2 computed=0x1x2x6"),
+        ("steps:computed=0x3x2", "computed=0x3x2 computed=0x1x2x6"),
+        ("steps:computed=0x1x1.5", "computed 1.5 0x1x2"),
+        ("steps:computed=0x1,num_inference_steps=0", "num_inference_steps 0 1"),
+        ("steps:computed=0x6,num_inference_steps=6", "computed=0x6 num_inference_steps=6 5"),
+        ("steps:computed=0x1,damping=1.1", "damping=1.1 0 1"),
+        ("steps:computed=0x1,damping=-0.1", "damping=-0.1 0 1"),
+        ("steps:computed=0x1,damping=nan", "damping nan"),
+        ("steps:computed=0x1,reuse=foo", "reuse 'foo' residual output"),
         ("mag:threshold", "key=value"),
         ("", "Unknown step cache"),
     ],
@@ -77,7 +80,18 @@ def test_configs_are_diffusers_own():
 def test_what_is_unknown_is_refused_in_one_line(text, said):
     with pytest.raises(DitAccelError) as error:
         StepCache.parse(text)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert says(str(error.value), said) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damping", [-0.1, 1.1, float("nan")])
+def test_damping_is_from_0_to_1(damping):
+    with pytest.raises(ValueError, match=names(f"damping={damping:g}")):
+        ChosenSteps((0, 1), damping=damping)
+
+
+def test_one_step_is_no_list():
+    with pytest.raises(DitAccelError, match=names("computed=0", "computed=0x1x2x6")):
+        StepCache("steps", {"computed": (0,)})
 
 
 def test_a_step_cache_is_text_or_itself():
