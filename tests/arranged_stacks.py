@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny_models import get, module, run
 
+import dit_accel
+
 # 315 visual tokens, of which no block size is a divisor
 SETTINGS = {
     "sol": {"block": 16, "block_q": 16, "order": "morton", "tail": "hybrid"},
@@ -14,16 +16,23 @@ SETTINGS = {
 SOL = SETTINGS["sol"]
 BUILD = {
     "wan": lambda: module("wan").build(layers=4),
+    "chronoedit": lambda: module("wan").build_chronoedit(layers=4),
     "hunyuan_video": lambda: module("hunyuan_video").build(num_layers=2, num_single_layers=2),
     "ltx": lambda: module("ltx").build(num_layers=4),
     "minimax_h3": lambda: module("minimax_h3").build(num_layers=4),
 }
-FIRST = {"wan": "t2v", "hunyuan_video": "t2v", "ltx": "t2v", "minimax_h3": "ref2va"}
+TINY = {
+    "wan": ("wan", "t2v"),
+    "chronoedit": ("wan", "chronoedit"),
+    "hunyuan_video": ("hunyuan_video", "t2v"),
+    "ltx": ("ltx", "t2v"),
+    "minimax_h3": ("minimax_h3", "ref2va"),
+}
 over_families = pytest.mark.parametrize("family", BUILD)
 
 
 def call_of(family, step=0):
-    call = get(family, FIRST[family]).call()
+    call = get(*TINY[family]).call()
     return call | {"hidden_states": call["hidden_states"] * (1 + step / 20)}
 
 
@@ -39,3 +48,9 @@ def of_steps(family, accel, transformer, steps=6):
 def where(accel):
     """Where the tokens of each layer were permuted."""
     return [set(layer.permuted) for layer in accel.report().layers]
+
+
+def accelerated(transformer, call):
+    """The output of `sol`, and where tokens were permuted."""
+    with dit_accel.accelerated(transformer, "sol", **SOL) as accel:
+        return run(transformer, call), set().union(*where(accel))

@@ -6,7 +6,8 @@ the visual stream twice, and every tensor with a row for each token, such as pos
 A run is of consecutive blocks whose layers attend along one curve in this call. Dense layers are never in a run, so the
 model's own attention sees its tokens in its own order, and nothing is permuted in dense steps. A step cache reads what
 the first and the last block take and return. Then those two are in no run, and what it keeps is in the model's order.
-A block is in no run either while somebody's hooks in it may read tokens.
+A block is in no run either while somebody's hooks in it may read tokens. An exported graph has no runs: it would hold
+the rows of one grid.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class ArrangedBlock(AtWork):
             layer.ours.arranged = rows is not None
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.rows is None:
+        if self.rows is None or torch.compiler.is_exporting():
             return None
         positional, keywords = list(args), dict(kwargs)
         for name, axes in (*self._by_token.items(), *(((self._visual, 1),) if self.first else ())):
@@ -149,7 +150,7 @@ class ArrangedBlock(AtWork):
         return self._copies.get(value, self.rows, lambda: self._take(value, axis))
 
     def _behind(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not self.last:
+        if not self.last or torch.compiler.is_exporting():
             return None
         assert self.rows is not None
         self._copies.clear()

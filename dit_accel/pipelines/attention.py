@@ -2,7 +2,8 @@
 
 A compiled model sees one opaque operator, `dit_accel::planned_attention`. Traced code passes q, k, v, the layer's
 learned weights and the layer's key, a tensor whose value no guard reads. The operator finds plan, text lengths and
-processes by that key. One graph therefore serves every grid and every setting; the sizes in it are symbolic.
+processes by that key. So a graph serves every grid, and every setting of a method; the sizes in it are symbolic. Which
+layers are dense, where runs along a curve begin and end, and learned weights are in the graph: others make another.
 
 The operator's backward needs the tensors that the plan's own kernels save, whose number and shapes depend on the plan.
 So the forward records an autograd graph of its own and returns a ticket for it. The record lives as long as the
@@ -194,7 +195,8 @@ class LayerAttention(AtWork):
         learned = [] if self.learned is None else list(self.learned.parameters())
         gates = [] if gate is None else [gate]
         record = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *gates, *learned))
-        out, _ = planned_attention(q, k, v, self.key, gates, learned, scale, masked, self.arranged, record)
+        arranged = self.arranged and not torch.compiler.is_exporting()  # an exported graph has no runs along a curve
+        out, _ = planned_attention(q, k, v, self.key, gates, learned, scale, masked, arranged, record)
         return out
 
     def compute(

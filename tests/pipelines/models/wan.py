@@ -32,10 +32,10 @@ def build_animate():
     return seeded(WanAnimateTransformer3DModel, **(SIZES | {"in_channels": 12, "latent_channels": 4} | face))
 
 
-def build_chronoedit():
+def build_chronoedit(layers=2):
     from diffusers import ChronoEditTransformer3DModel
 
-    return seeded(ChronoEditTransformer3DModel, **SIZES)
+    return seeded(ChronoEditTransformer3DModel, **(SIZES | {"num_layers": layers}))
 
 
 def inputs(frames=5, height=14, width=18, batch=2, timestep=500, channels=4):
