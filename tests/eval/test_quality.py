@@ -9,6 +9,8 @@ import pytest
 from messages import says
 from PIL import Image
 
+from dit_accel.cli.eval import show
+from dit_accel.eval import verdict
 from dit_accel.files import hold
 from dit_accel.generation import output
 
@@ -37,6 +39,12 @@ def results(folder):
 
 def without_times(rows):
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def fits_80_columns(printed):
+    """Whether nothing is cut and every line fits but commands, which are one line each, to be copied."""
+    lines = [line for line in printed.splitlines() if not line.startswith("  dit-accel ")]
+    return "…" not in printed and max(map(len, lines)) <= 80
 
 
 class TestResults:
@@ -100,11 +108,34 @@ class TestResults:
         outcome = evaluate("--method", GNA, "--method", "radial:decay=0.123456789,rule=released,block=32,sink=false")
         assert outcome.status == 0, outcome.err
         summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-        assert max(map(len, outcome.out.partition("report:")[0].splitlines())) <= 80
-        assert "…" not in outcome.out
+        assert fits_80_columns(outcome.out.partition("report:")[0])
         for row in summary["rows"][1:]:
             assert f"{row['speedup']:.2f}" in outcome.out and f"{row['figures']['psnr']['value']:.4g}" in outcome.out
         assert summary["verdict"][0]["text"] in " ".join(outcome.out.split())
+
+    @pytest.mark.parametrize("seconds", [1e-6, 1.0, 1e6])
+    def test_the_terminal_shows_any_times(self, seconds, monkeypatch, capsys):
+        """Also those by which a setting gains: its command is one line, to be copied."""
+        monkeypatch.setenv("COLUMNS", "80")
+        label = "radial:decay=0.123456789,rule=released,block=32,sink=false"
+        psnr = {"name": "psnr", "title": "PSNR", "unit": "dB", "better": "higher"}
+
+        def row(label, seconds, value, **others):
+            return {
+                "label": label, "speedup": 1e3 / seconds, "density": 0.5, "cache": None, "command": f"generate {label}",
+                "attention_speedup": None, "peak_bytes": None,
+                "speedup_interval": [999 / seconds, 1001 / seconds],
+                "attention_seconds": {"p50": seconds / 2}, "loop_seconds": {"p50": seconds},
+                "figures": {"psnr": {"value": value, "interval": [20.0, 30.0]}},
+            } | others  # fmt: skip
+
+        command = f"dit-accel generate --model demo --prompt 'a red circle' --method {label}"
+        rows = [row("baseline", 1e3, "inf", density=1.0), row(label, seconds, 25.0, command=command)]
+        lines = verdict.decide(rows, [psnr], [], 2304)
+        show({"metrics": [psnr], "rows": rows, "verdict": lines, "made": {"left_out": []}})
+        shown = capsys.readouterr().out
+        assert fits_80_columns(shown) and f"{1e3 / seconds:.2f}×" in shown
+        assert f"  {command}\n" in shown or seconds > 1e3
 
     def test_the_command_of_a_row_generates_its_sample(self, evaluate, cli, tmp_path, monkeypatch):
         from dit_accel.generation import captioned
