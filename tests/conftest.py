@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -8,6 +9,7 @@ import sys
 
 import hypothesis
 import pytest
+from interpreter import drop_unused_work
 from support_table import COLUMNS, checks_of
 
 from dit_accel.caches.record import CacheReport
@@ -19,6 +21,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 PROFILE = {"derandomize": True, "deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("same everywhere", **PROFILE)
 hypothesis.settings.load_profile("same everywhere")
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    drop_unused_work()
 
 ROOT = pathlib.Path(__file__).parent.parent
 EVIDENCE = pytest.StashKey[bool]()
