@@ -31,8 +31,8 @@ def dense(lists, columns):
     listed = torch.arange(indices.shape[-1]) < counts[..., None]
     assert ((indices[..., 1:] > indices[..., :-1]) | ~listed[..., 1:]).all()
     assert (indices[~listed] == 0).all() and (counts >= 1).all()
-    found = torch.zeros(*counts.shape, columns, dtype=torch.int64)
-    return found.scatter_add(-1, indices, listed.long()).bool()
+    times_listed = torch.zeros(*counts.shape, columns, dtype=torch.int64)
+    return times_listed.scatter_add(-1, indices, listed.long()).bool()
 
 
 def blocks(q, k, rule, grid, block_q=4, block_k=4, tiles=(None, None), **options):

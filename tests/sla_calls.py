@@ -38,9 +38,9 @@ def sparse_linear_attention(q, *tensors, grid=None, text=0, block=64, block_q=No
     sequence = TokenGrid(*(grid or (1, 1, q.shape[2])), text=text)
     keys = TokenOrder(sequence, block, tile)
     k, v, *weights = tensors
-    given = dict(zip(("weight", "bias"), weights, strict=False))
+    learned = dict(zip(("weight", "bias"), weights, strict=False))
     orders = {"query_order": TokenOrder(sequence, block_q or block, tile), "key_order": keys}
-    call = SlaArguments(**{"bias": None, "scale": q.shape[-1] ** -0.5} | given | orders | options)
+    call = SlaArguments(**{"bias": None, "scale": q.shape[-1] ** -0.5} | learned | orders | options)
     return api.sparse_linear_attention(q, k, v, call)[0]
 
 
@@ -114,7 +114,7 @@ def magnitudes(q, k, v, weight, _bias, *features, gradient, dtype, routing, grid
         x, phi = mapped[side], (phi_q, phi_k)[side]
         if config.feature_map in ("softmax", "hedgehog"):
             halves = zip(phi.split(x.shape[-1], -1), of_phi.split(x.shape[-1], -1), strict=True)
-            terms = sum(half * (own + (half * own).sum(-1, keepdim=True)) for half, own in halves)
+            terms = sum(half * (upstream + (half * upstream).sum(-1, keepdim=True)) for half, upstream in halves)
             return terms @ features[0][side].abs() if features else terms
         if config.feature_map == "focused":
             size = phi.norm(dim=-1, keepdim=True).clamp_min(EPSILON)

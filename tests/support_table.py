@@ -40,8 +40,8 @@ def checks_of(item):
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     for marker in item.iter_markers("check"):
         family = marker.kwargs["family"] if "family" in marker.kwargs else parameters["tiny"].family
-        what = "cache" if marker.args[0] == STEP_CACHES else "method"
-        yield family, marker.kwargs[what] if what in marker.kwargs else parameters[what], marker.args[0]
+        kind = "cache" if marker.args[0] == STEP_CACHES else "method"
+        yield family, marker.kwargs[kind] if kind in marker.kwargs else parameters[kind], marker.args[0]
 
 
 def read_results(paths) -> dict[Cell, bool]:
@@ -112,7 +112,7 @@ def tested(passed: Collection[Cell], declared: Collection[Cell]) -> list[str]:
         methods = sorted({method for other, method, column in declared if other == family and column != STEP_CACHES})
         cells = []
         for column in COLUMNS:
-            names = sorted(name for other, name, own in passed if (other, own) == (family, column))
+            names = sorted(name for other, name, in_column in passed if (other, in_column) == (family, column))
             cells.append(ALL if names == methods else ", ".join(names))
         lines.append(f"| {family} | {', '.join(methods)} | " + " | ".join(cells) + " |")
     return lines

@@ -85,14 +85,14 @@ def test_cross_attention_and_the_processors_class_are_untouched(tiny_wan):
 def test_a_processor_set_since_is_left_and_named(tiny_wan, wan_inputs):
     transformer, inputs = tiny_wan(), wan_inputs()
     accel = dit_accel.accelerate(transformer, "sla", topk=0.3, block=16)
-    mine = WanAttnProcessor()
-    transformer.blocks[1].attn1.set_processor(mine)
+    replacement = WanAttnProcessor()
+    transformer.blocks[1].attn1.set_processor(replacement)
     run(transformer, inputs)
     report = accel.report()
     assert [layer.left for layer in report.layers] == [None, "WanAttnProcessor"]
     assert "WanAttnProcessor was set since" in str(report)
     assert accel.remove() == ["transformer.blocks.1.attn1"]
-    assert transformer.blocks[1].attn1.processor is mine
+    assert transformer.blocks[1].attn1.processor is replacement
     assert not any("sparse_linear" in name for name in transformer.state_dict())
 
 
@@ -100,13 +100,13 @@ def test_processors_that_a_pipeline_sets_for_a_call_are_counted(tiny_wan, wan_in
     """As the pipelines of perturbed-attention guidance do: they put ours back before the call ends."""
     transformer, inputs = tiny_wan(), wan_inputs()
     with dit_accel.accelerated(transformer, "gna", **WINDOW) as accel:
-        ours = transformer.attn_processors
+        sparse_processors = transformer.attn_processors
         transformer.blocks[1].attn1.set_processor(WanAttnProcessor())
         with pytest.warns(DitAccelWarning, match="perturbed-attention guidance"):
             run(transformer, inputs)
         for _ in range(3):
             run(transformer, inputs)
-        transformer.set_attn_processor(dict(ours))
+        transformer.set_attn_processor(dict(sparse_processors))
         run(transformer, inputs)
         first, second = accel.report().layers
     assert (first.sparse_calls, first.dense_calls, second.sparse_calls) == (5, 0, 1)
@@ -298,8 +298,8 @@ def test_a_bare_transformer_follows_the_timesteps(tiny_wan, wan_inputs):
 
 def test_numbers_of_numpy_are_numbers(tiny_wan):
     grid = dit_accel.TokenGrid(4, 8, 8)
-    made = dit_accel.plan("gna", grid, window=(np.int64(3), 3, np.float64(0.5)), causal=np.bool_(True))
-    assert made.config == dit_accel.plan("gna", grid, window=(3, 3, 0.5), causal=True).config
+    plan = dit_accel.plan("gna", grid, window=(np.int64(3), 3, np.float64(0.5)), causal=np.bool_(True))
+    assert plan.config == dit_accel.plan("gna", grid, window=(3, 3, 0.5), causal=True).config
     assert dit_accel.plan("tile", grid, references=torch.tensor(2)).config.references == 2
     with dit_accel.accelerated(tiny_wan(), "gna", window=np.int64(3), dense_steps=np.int64(2)) as accel:
         assert accel.setting.schedule.dense_steps == 2

@@ -221,9 +221,9 @@ def outcome(call, transformer, inputs, gradients):
         return run(call, inputs)
     transformer.zero_grad()
     call(**inputs, return_dict=False)[0].square().mean().backward()
-    found = {name: weight.grad for name, weight in transformer.named_parameters() if weight.grad is not None}
-    assert any("to_q" in name for name in found)
-    return found
+    weight_gradients = {name: weight.grad for name, weight in transformer.named_parameters() if weight.grad is not None}
+    assert any("to_q" in name for name in weight_gradients)
+    return weight_gradients
 
 
 @pytest.mark.parametrize(("family", "method", "config", "part", "backend", "dynamic", "gradients"), MANY_SIZES)
@@ -241,8 +241,8 @@ def test_eleven_sizes_share_their_graphs(family, method, config, part, backend, 
         else:
             transformer.compile_repeated_blocks(backend=counter, fullgraph=True, dynamic=dynamic)
         for inputs, eager in zip(calls, wanted, strict=True):
-            found = outcome(compiled, transformer, inputs, gradients)
-            torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-5)
+            result = outcome(compiled, transformer, inputs, gradients)
+            torch.testing.assert_close(result, eager, rtol=1e-4, atol=1e-5)
         layers = accel.report().layers
     assert counter.frame_count <= 3
     assert {(layer.sparse_calls, layer.dense_calls) for layer in layers} == {(2 * len(calls), 0)}
@@ -255,13 +255,13 @@ def test_repeated_blocks_make_no_more_graphs_than_the_untouched_models(family):
     """At each of the first four sizes. These models have several kinds of blocks, so they make more than three."""
 
     def graphs(transformer):
-        counter, made = CompileCounterWithBackend("eager"), []
+        counter, counts = CompileCounterWithBackend("eager"), []
         torch._dynamo.reset()
         transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
         for inputs in calls[:4]:
             run(transformer, inputs)
-            made.append(counter.frame_count)
-        return made
+            counts.append(counter.frame_count)
+        return counts
 
     transformer, calls = calls_of_many_sizes(family)
     dense = graphs(transformer)
@@ -270,7 +270,7 @@ def test_repeated_blocks_make_no_more_graphs_than_the_untouched_models(family):
         sparse = graphs(transformer)
         assert {layer.sparse_calls for layer in accel.report().layers} == {4}
     assert dense[-1] == dense[-2] > 3
-    assert all(ours <= theirs for ours, theirs in zip(sparse, dense, strict=True))
+    assert all(accelerated <= untouched for accelerated, untouched in zip(sparse, dense, strict=True))
 
 
 def test_lora_adapters_are_swapped_without_a_new_graph(tiny_wan, wan_inputs):
@@ -308,7 +308,7 @@ def test_a_backward_pass_after_another_forward(model):
 
     def gradients(call):
         transformer.zero_grad()
-        first, second = (call(**each, return_dict=False)[0].square().mean() for each in (inputs, other))
+        first, second = (call(**arguments, return_dict=False)[0].square().mean() for arguments in (inputs, other))
         first.backward(retain_graph=True)
         first.backward()
         (second * 2).backward()

@@ -33,17 +33,17 @@ def test_accelerating_twice_is_refused_unless_replaced(tiny_wan, wan_inputs):
 def test_pickling_is_refused_and_what_is_saved_is_the_models_own(tiny_wan, wan_inputs, tmp_path):
     """`save_pretrained` of the model leaves out the learned weights, which the accelerator's own has."""
     transformer = tiny_wan()
-    own = set(transformer.state_dict())
+    model_keys = set(transformer.state_dict())
     with dit_accel.accelerated(transformer, "sla", topk=0.3, block=16) as accel:
         for part in (transformer, transformer.blocks[0], accel):
             with pytest.raises(dit_accel.DitAccelError, match=names("remove()")):
                 torch.save(part, tmp_path / "model.pt")
         transformer.save_pretrained(tmp_path / "model")
         assert {"safe_serialization", "variant"} <= inspect.signature(transformer.save_pretrained).parameters.keys()
-        assert len(accel.learned_weights()) == 2 and set(transformer.state_dict()) > own
+        assert len(accel.learned_weights()) == 2 and set(transformer.state_dict()) > model_keys
         run(transformer, wan_inputs())
     with safetensors.safe_open(tmp_path / "model" / "diffusion_pytorch_model.safetensors", "pt") as file:
-        assert set(file.keys()) == own
+        assert set(file.keys()) == model_keys
     assert "save_pretrained" not in vars(transformer)
 
 

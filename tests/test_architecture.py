@@ -45,9 +45,9 @@ def passed(run, monkeypatch) -> list[str]:
     """
     files, inside = [], f"{PACKAGE}{os.sep}"
 
-    def note(code, names, given=None):
-        own = {"q", "query"} & set(names) or ("call" in names and hasattr((given or {}).get("call"), "q"))
-        if own and code.co_filename.startswith(inside):
+    def note(code, names, variables=None):
+        takes_q = {"q", "query"} & set(names) or ("call" in names and hasattr((variables or {}).get("call"), "q"))
+        if takes_q and code.co_filename.startswith(inside):
             files.append(code.co_filename.removeprefix(inside))
 
     def watch(frame, event, _):

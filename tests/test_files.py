@@ -57,8 +57,8 @@ def test_a_killed_holder_holds_nothing(holder, tmp_path):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert str(holder.pid) in (tmp_path / "out" / files.LOCK).read_text()
-    with files.hold(tmp_path / "out") as kept:
-        assert kept
+    with files.hold(tmp_path / "out") as reserved:
+        assert reserved
         assert f"process {os.getpid()} on" in (tmp_path / "out" / files.LOCK).read_text()
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]  # which was there before this process came
     assert list((tmp_path / "out").iterdir()) == []
@@ -78,8 +78,8 @@ def test_a_file_system_without_locks_keeps_nothing(tmp_path, monkeypatch):
         raise OSError(files.errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(files.fcntl, "flock", none)
-    with files.hold(tmp_path) as kept:
-        assert not kept
+    with files.hold(tmp_path) as reserved:
+        assert not reserved
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -156,12 +156,12 @@ def test_what_a_killed_process_left_is_removed_and_nothing_that_is_still_written
     assert len(left) == 3
     with files.staged(tmp_path / "a.txt") as stage:
         (stage / "a.txt").write_text("a")
-    kept = set(tmp_path.iterdir()) - {tmp_path / "a.txt"}
-    assert kept < left
-    assert sorted(path.name.rpartition(".")[0] for path in kept) == [".dit-accel-a.txt", ".dit-accel-b.txt"]
+    remaining = set(tmp_path.iterdir()) - {tmp_path / "a.txt"}
+    assert remaining < left
+    assert sorted(path.name.rpartition(".")[0] for path in remaining) == [".dit-accel-a.txt", ".dit-accel-b.txt"]
     assert (writing.poll(), other.poll()) == (None, None)
-    (own,) = (path for path in kept if "a.txt" in path.name)
-    assert (own / "a.txt").read_text() == "half"
+    (stage_of_a,) = (path for path in remaining if "a.txt" in path.name)
+    assert (stage_of_a / "a.txt").read_text() == "half"
 
 
 def test_a_folder_takes_the_place_of_an_older_one(tmp_path):

@@ -61,7 +61,7 @@ def part_of(module: str) -> str:
 
 def imports(path: pathlib.Path) -> set[str]:
     """Modules of ours that a file imports, in functions too; for type checkers only does not count."""
-    found: set[str] = set()
+    imported: set[str] = set()
     pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while pending:
         node = pending.pop()
@@ -69,7 +69,7 @@ def imports(path: pathlib.Path) -> set[str]:
             pending += node.orelse
             continue
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: import by the full name, not relatively"
             assert node.module is not None
@@ -77,9 +77,9 @@ def imports(path: pathlib.Path) -> set[str]:
                 if alias.name == "__version__":
                     continue
                 name = f"{node.module}.{alias.name}"
-                found.add(name if (ROOT / name.replace(".", "/")).exists() or is_module(name) else node.module)
+                imported.add(name if (ROOT / name.replace(".", "/")).exists() or is_module(name) else node.module)
         pending += ast.iter_child_nodes(node)
-    return {name for name in found if name == "dit_accel" or name.startswith("dit_accel.")}
+    return {name for name in imported if name == "dit_accel" or name.startswith("dit_accel.")}
 
 
 def is_module(name: str) -> bool:
@@ -111,15 +111,15 @@ def test_the_checkout_hides_no_package_of_others(tmp_path):
 
 def test_integrations_import_torch_and_this_package_alone():
     """An add-on is loaded by its host, whose code stays out of this checkout."""
-    found = set()
+    imported = set()
     for path in (ROOT / "integrations").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
-                found |= {alias.name.partition(".")[0] for alias in node.names}
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 assert node.module is not None
-                found.add(node.module.partition(".")[0])
-    assert found - set(sys.stdlib_module_names) == {"torch", "dit_accel"}
+                imported.add(node.module.partition(".")[0])
+    assert imported - set(sys.stdlib_module_names) == {"torch", "dit_accel"}
 
 
 def scripts() -> set[pathlib.Path]:
@@ -155,12 +155,12 @@ def test_no_modules_import_each_other_in_a_circle():
 
 def test_class_names_are_unique():
     """But for `Config`, which each method has."""
-    found = collections.defaultdict(list)
+    modules_of = collections.defaultdict(list)
     for path in modules():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
-                found[node.name].append(dotted(path))
-    assert {name: places for name, places in found.items() if len(places) > 1 and name != "Config"} == {}
+                modules_of[node.name].append(dotted(path))
+    assert {name: places for name, places in modules_of.items() if len(places) > 1 and name != "Config"} == {}
 
 
 def test_few_modules_stand_at_the_top():
@@ -270,8 +270,8 @@ def test_constraints_pin_what_the_project_asks_for():
         if line and not line.startswith("#")
     )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = itertools.chain(project["dependencies"], *project["optional-dependencies"].values())
-    names = {normal(item) for item in asked} - {"dit-accel"}
+    requirements = itertools.chain(project["dependencies"], *project["optional-dependencies"].values())
+    names = {normal(item) for item in requirements} - {"dit-accel"}
     assert names <= {normal(pin) for pin in pins}, names - {normal(pin) for pin in pins}
     assert "+" not in pins["torch"]
 

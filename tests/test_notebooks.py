@@ -11,7 +11,7 @@ MOST_BYTES = 500_000
 SHOWN = ("image/gif", "image/png", "text/html")
 # Training is shorter here than in the stored run.
 SHORTER = {"fine_tune": ("CLIPS, STEPS = 96, 60", "CLIPS, STEPS = 8, 2")}
-each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 def read(path):
@@ -33,7 +33,7 @@ def test_there_are_notebooks():
     assert [path.stem for path in NOTEBOOKS] == ["accelerate", "fine_tune"]
 
 
-@each
+@each_notebook
 def test_stored_outputs_are_whole_and_small(path):
     cells = code_cells(read(path))
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run all cells in order"
@@ -44,7 +44,7 @@ def test_stored_outputs_are_whole_and_small(path):
     assert not re.search(r"/(home|root|tmp|usr)/", text), "a path of the machine that ran it"
 
 
-@each
+@each_notebook
 def test_it_runs(path, tmp_path, monkeypatch):
     """Every cell, in a kernel of its own; a cell that raises fails the test."""
     from nbclient import NotebookClient

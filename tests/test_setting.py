@@ -31,7 +31,7 @@ def test_each_layer_runs_its_own_setting(schedule, tiny_wan, wan_inputs):
     transformer, inputs = tiny_wan(3), wan_inputs()
     grid = dit_accel.TokenGrid(5, 7, 9)
     with dit_accel.accelerated(transformer, layer_schedule=schedule) as accel:
-        ours, report = run(transformer, inputs), accel.report()
+        output, report = run(transformer, inputs), accel.report()
     densities = [dit_accel.plan("tile", grid, references=count).density for count in (1, 2)]
     assert [layer.density for layer in report.layers] == [densities[0], None, densities[1]]
     assert report.layers[1].dense_reasons == {"layer schedule": 1}
@@ -44,11 +44,11 @@ def test_each_layer_runs_its_own_setting(schedule, tiny_wan, wan_inputs):
         with dit_accel.accelerated(transformer, "tile", references=references, dense_layers=(1,)) as accel:
             run(transformer, inputs)
             processors[layer] = transformer.blocks[layer].attn1.processor
-    own = [block.attn1.processor for block in transformer.blocks]
+    originals = [block.attn1.processor for block in transformer.blocks]
     for layer, processor in processors.items():
         transformer.blocks[layer].attn1.processor = processor
-    assert torch.equal(run(transformer, inputs), ours)
-    for block, processor in zip(transformer.blocks, own, strict=True):
+    assert torch.equal(run(transformer, inputs), output)
+    for block, processor in zip(transformer.blocks, originals, strict=True):
         block.attn1.processor = processor
 
 
@@ -66,8 +66,8 @@ def test_a_file_may_have_dense_steps_and_given_ones_win(schedule, tiny_wan, wan_
     """As training gives them: it takes a file's layers for all noise levels."""
     schedule.write_text(Setting.read(schedule).changed(dense_steps=1).to_json())
     transformer, inputs = tiny_wan(3), wan_inputs()
-    for given, sparse in (({}, 0), ({"dense_steps": 0}, 2)):
-        with dit_accel.accelerate(transformer, layer_schedule=schedule, **given) as accel:
+    for options, sparse in (({}, 0), ({"dense_steps": 0}, 2)):
+        with dit_accel.accelerate(transformer, layer_schedule=schedule, **options) as accel:
             accel.set_step(0, 4)
             run(transformer, inputs)
             assert accel.report().sparse_calls == sparse

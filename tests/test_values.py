@@ -38,11 +38,12 @@ class Settings:
 
 def test_plain_values_take_the_kinds_of_the_fields():
     plain = {"rate": 1, "names": "x", "some": "y", "layers": [1, 2], "place": "a/b", "free": {"w": [1, 2]}}
-    made = values.build(Settings, plain | {"inner": {"share": 0}}, "This")
-    assert (made.rate, type(made.rate), made.names, made.some, made.layers) == (1.0, float, ("x",), ("y",), (1, 2))
-    assert (made.place, made.free, made.inner) == (Path("a/b"), {"w": (1, 2)}, Inner(0.0))
+    settings = values.build(Settings, plain | {"inner": {"share": 0}}, "This")
+    assert (settings.rate, type(settings.rate)) == (1.0, float)
+    assert (settings.names, settings.some, settings.layers) == (("x",), ("y",), (1, 2))
+    assert (settings.place, settings.free, settings.inner) == (Path("a/b"), {"w": (1, 2)}, Inner(0.0))
     assert values.build(Settings, {"layers": 3}, "This").layers == 3
-    assert values.record(made)["place"] == "a/b"
+    assert values.record(settings)["place"] == "a/b"
 
 
 def test_instances_share_no_default():

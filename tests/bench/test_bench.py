@@ -45,13 +45,13 @@ def row(target=GNA, dtype="float32", direction="forward", shape=TINY):
 
 
 def outcome(target=GNA, **options):
-    (found,) = bench.Bench(CPU, seconds=0).run([row(target, **options)])
-    return found
+    (result,) = bench.Bench(CPU, seconds=0).run([row(target, **options)])
+    return result
 
 
 class TestDeclared:
     def test_names_tell_rows_apart(self):
-        names = [found.name for found in bench_rows.select()]
+        names = [row.name for row in bench_rows.select()]
         assert len(set(names)) == len(names)
 
     def test_one_file_makes_a_shape(self, tmp_path, monkeypatch):
@@ -65,13 +65,13 @@ class TestDeclared:
         assert "other" in bench_rows.get_shapes()
 
     def test_video_models_have_every_method_at_every_density_it_reaches(self):
-        found = bench_rows.select(shapes=["wan-14b-720p"], dtypes=["bfloat16"], directions=["forward"])
-        pairs = {(each.target.method, each.target.density) for each in found}
+        rows = bench_rows.select(shapes=["wan-14b-720p"], dtypes=["bfloat16"], directions=["forward"])
+        pairs = {(row.target.method, row.target.density) for row in rows}
         assert {density for method, density in pairs if method == "gna"} == set(bench_rows.DENSITIES)
         assert {density for method, density in pairs if method == "tile"} == {0.2, 0.5, 1.0}
 
     @pytest.mark.parametrize(
-        ("shape", "tokens", "heads", "head_dim"),
+        ("name", "tokens", "heads", "head_dim"),
         [
             ("wan-1.3b-480p", 32_760, 12, 128),
             ("wan-14b-480p", 32_760, 40, 128),
@@ -85,21 +85,21 @@ class TestDeclared:
             ("longca-64k-cp8", 65_536, 8, 128),
         ],
     )
-    def test_shapes(self, shape, tokens, heads, head_dim):
-        found = bench_rows.get_shape(shape)
-        assert (found.tokens, found.heads, found.head_dim) == (tokens, heads, head_dim)
-        assert found.grid.tokens == tokens
+    def test_shapes(self, name, tokens, heads, head_dim):
+        shape = bench_rows.get_shape(name)
+        assert (shape.tokens, shape.heads, shape.head_dim) == (tokens, heads, head_dim)
+        assert shape.grid.tokens == tokens
 
     def test_filters_narrow_what_is_declared(self):
-        found = bench_rows.select(["cpu"], [Target("gna", None)], [1 / 8], ["float32"], ["forward"])
-        assert [row.target.setting.config.window for row in found] == [(8, 16, 8), (4, 16, 16)]
+        rows = bench_rows.select(["cpu"], [Target("gna", None)], [1 / 8], ["float32"], ["forward"])
+        assert [row.target.setting.config.window for row in rows] == [(8, 16, 8), (4, 16, 16)]
         assert len(bench_rows.select(pattern="mochi/*/0.1/*/forward")) == 8
 
     def test_what_is_asked_for_beyond_is_added(self):
-        (found,) = bench_rows.select(["mochi"], [Target("gna", None)], [0.3], ["float16"], ["both"])
-        assert found.name == "mochi/gna/0.3/float16/both"
-        (found,) = bench_rows.select(["mochi"], [GNA], (), ["float16"], ["both"])
-        assert found.name == "mochi/gna:window=2x3x4,stride=1x3x2/-/float16/both"
+        (added,) = bench_rows.select(["mochi"], [Target("gna", None)], [0.3], ["float16"], ["both"])
+        assert added.name == "mochi/gna/0.3/float16/both"
+        (added,) = bench_rows.select(["mochi"], [GNA], (), ["float16"], ["both"])
+        assert added.name == "mochi/gna:window=2x3x4,stride=1x3x2/-/float16/both"
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -121,25 +121,25 @@ class TestSettings:
     def test_they_reach_the_density(self, name):
         shape = bench_rows.get_shape(name)
         for target in shape.declared():
-            found = target.setting_on(shape.grid).plan(shape.grid).density
-            if found is None:
+            density = target.setting_on(shape.grid).plan(shape.grid).density
+            if density is None:
                 assert target.method in CHOSEN_BY_CALL or target.setting
                 continue
             # Methods of whole frames have a few steps to choose from; windows and shares of blocks are fine.
             loose = get_methods()[target.method].sparsest(shape.grid) > 0 or shape.text
-            assert found == pytest.approx(target.density, rel=bench_rows.TOLERANCE if loose else 0.06), target
+            assert density == pytest.approx(target.density, rel=bench_rows.TOLERANCE if loose else 0.06), target
 
     def test_work_is_counted_without_computing(self):
         """Of 64 heads of 128 at 8,192 tokens: 4 operations a pair and dimension forward, 10 backward."""
         every = 64 * 128 * 8192**2 * 4e-12
-        found = {
+        counts = {
             row.name.removesuffix("/bfloat16/forward"): count(row)
             for row in bench_rows.select(["longca-8k"], directions=["forward"])
         }
-        causal = found["longca-8k/gna:window=full,causal=True/0.500061"]
+        causal = counts["longca-8k/gna:window=full,causal=True/0.500061"]
         assert causal["tflop"] == [pytest.approx(every * 8193 / 16384)] * 2 and causal["dense_tflop"] == every
         assert every > causal["block_tflop"] > causal["tflop"][0]  # blocks on the diagonal are computed whole
-        routed = found["longca-8k/sparge:topk=0.0,topp=0.5/-"]  # from one block of 64 keys in a row to all
+        routed = counts["longca-8k/sparge:topk=0.0,topp=0.5/-"]  # from one block of 64 keys in a row to all
         assert routed["tflop"] == [pytest.approx(every / 128), every] and routed["block_tflop"] is None
         assert set(routed["ulysses"]) == {2, 4, 8} and not causal["ulysses"]
         assert all(1 <= after < before < 2 for before, after in routed["ulysses"].values())
@@ -148,9 +148,9 @@ class TestSettings:
 
     def test_windows_are_whole_blocks_where_the_grid_is(self):
         grid = bench_rows.get_shape("hunyuan-768p").grid
-        found = Target("gna", 0.1).setting_on(grid).plan(grid)
-        blocks = found.block_mask()
-        assert blocks.density == found.density
+        plan = Target("gna", 0.1).setting_on(grid).plan(grid)
+        blocks = plan.block_mask()
+        assert blocks.density == plan.density
         assert blocks.full == blocks.visited
 
     def test_radial_drops_its_sink_only_where_it_must(self):
@@ -181,16 +181,16 @@ class TestGate:
     @pytest.mark.parametrize("text_first", [True, False])
     def test_pairs_are_those_of_the_plan(self, target, text_first):
         shape = Shape("tiny", (4, 6, 8), heads=1, text=5, text_first=text_first)
-        made = target.setting.plan(shape.grid)
+        plan = target.setting.plan(shape.grid)
         rows = torch.tensor([0, 3, 7, 50, shape.tokens - 1])
         q = torch.randn(1, 1, shape.tokens, 8)
-        assert torch.equal(SampledQueries(made, rows, q, q, "auto").seen(0), made.token_mask()[rows])
+        assert torch.equal(SampledQueries(plan, rows, q, q, "auto").seen(0), plan.token_mask()[rows])
 
     def test_sums_over_hundreds_of_keys_keep_their_digits(self):
         """Summed in one product of all keys the error is 7.46e-7, and 7.01e-7 are allowed."""
         shape = Shape("long", (4, 16, 16), heads=2, head_dim=32, text=20, text_first=True)
-        found = outcome(Target("gna", 0.3), shape=shape)
-        assert found.status == "measured", found.reason
+        result = outcome(Target("gna", 0.3), shape=shape)
+        assert result.status == "measured", result.reason
 
     def test_long_sequences_are_sampled_with_their_ends(self):
         grid = bench_rows.get_shape("mochi").grid
@@ -202,27 +202,27 @@ class TestGate:
     @pytest.mark.parametrize("target", [*STATIC, SLA, MARGINAL, *OTHERS])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_right_kernels_are_green(self, target, dtype):
-        found = outcome(target, dtype=dtype, direction="both")
-        assert found.status == "measured", found.reason
+        result = outcome(target, dtype=dtype, direction="both")
+        assert result.status == "measured", result.reason
         names = {"out", "dq", "dk", "dv"} | ({"dweight", "dbias"} if target.method in ("sla", "proxy") else set())
-        assert set(found.record["checks"]) == names
+        assert set(result.record["checks"]) == names
 
     @pytest.mark.parametrize("target", [GNA, SLA])
     def test_text_may_stand_last(self, target):
-        found = outcome(target, direction="both", shape=dataclasses.replace(TINY, text_first=False))
-        assert found.status == "measured", found.reason
+        result = outcome(target, direction="both", shape=dataclasses.replace(TINY, text_first=False))
+        assert result.status == "measured", result.reason
 
     def test_sampled_gradients_are_those_of_the_sampled_queries(self, monkeypatch):
         monkeypatch.setattr(bench_gate, "PAIRS", 20 * TINY.tokens)
-        found = outcome(SLA, direction="both")
-        assert found.status == "measured", found.reason
+        result = outcome(SLA, direction="both")
+        assert result.status == "measured", result.reason
 
     @pytest.mark.parametrize("target", [GNA, SLA])
     def test_a_wrong_output_is_red(self, monkeypatch, target):
         break_kernel(monkeypatch, "forward", lambda out, lse: (out * 1.001, lse))
-        found = outcome(target)
-        assert (found.status, found.record) == ("red", None)
-        assert found.reason.startswith("out: error")
+        result = outcome(target)
+        assert (result.status, result.record) == ("red", None)
+        assert result.reason.startswith("out: error")
 
     def test_a_nan_is_red(self, monkeypatch):
         def poisoned(out, lse):
@@ -255,9 +255,9 @@ class TestGate:
 
         right = sla.classify
         monkeypatch.setattr(sla, "classify", lambda q, *rest, **more: right(-q, *rest, **more))
-        found = outcome(SLA)
-        assert found.status == "red"
-        assert found.reason.startswith("router")
+        result = outcome(SLA)
+        assert result.status == "red"
+        assert result.reason.startswith("router")
 
 
 def break_kernel(monkeypatch, name, change):
@@ -286,8 +286,8 @@ class TestRecords:
         assert record["tflops_kept"] == pytest.approx(operations / record["ms_p50"] / 1e9)
 
     def test_a_density_out_of_reach_is_said_and_not_measured(self):
-        found = outcome(Target("tile", 0.05))
-        assert (found.status, found.record) == ("out of reach", None)
+        result = outcome(Target("tile", 0.05))
+        assert (result.status, result.record) == ("out of reach", None)
 
     def test_a_setting_that_does_not_fit_is_refused_and_the_rest_goes_on(self):
         wrong = Target.of("gna", window=(4, 3, 4))
@@ -333,11 +333,11 @@ class TestRecords:
 
 class TestTiming:
     def test_calls_take_turns(self):
-        made = []
-        calls = {"a": lambda: made.append("a"), "b": lambda: made.append("b")}
-        taken = timing.alternate(calls, 0, CPU, least=3)
-        assert "".join(made) == "ab" * 4  # the first round does not count
-        assert [len(times) for times in taken.values()] == [3, 3]
+        called = []
+        calls = {"a": lambda: called.append("a"), "b": lambda: called.append("b")}
+        milliseconds = timing.alternate(calls, 0, CPU, least=3)
+        assert "".join(called) == "ab" * 4  # the first round does not count
+        assert [len(times) for times in milliseconds.values()] == [3, 3]
 
     def test_time_is_the_calls(self, monkeypatch):
         """By a clock that stands still but for the calls: 5 ms and 20 ms a round, for at least 100 ms."""
@@ -347,8 +347,8 @@ class TestTiming:
             now[0] += seconds
 
         monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
-        taken = timing.alternate({"a": lambda: takes(0.005), "b": lambda: takes(0.020)}, 0.1, CPU, least=3)
-        assert taken == {"a": pytest.approx([5] * 4), "b": pytest.approx([20] * 4)}
+        milliseconds = timing.alternate({"a": lambda: takes(0.005), "b": lambda: takes(0.020)}, 0.1, CPU, least=3)
+        assert milliseconds == {"a": pytest.approx([5] * 4), "b": pytest.approx([20] * 4)}
 
     def test_quantiles(self):
         assert timing.quantiles([5, 1, 2, 4, 3, 6]) == {"ms_p50": 3.5, "ms_p20": 2, "ms_p80": 5}

@@ -17,7 +17,7 @@ class TestFile:
     def test_rows_are_added(self, tmp_path):
         for speedup in (1, 2):
             append(tmp_path / "new" / "rows.jsonl", RECORD | {"speedup": speedup})
-        assert [found["speedup"] for found in results.read(tmp_path / "new" / "rows.jsonl")] == [1, 2]
+        assert [record["speedup"] for record in results.read(tmp_path / "new" / "rows.jsonl")] == [1, 2]
 
     def test_what_a_cut_run_left_of_a_line_does_not_count(self, tmp_path):
         path = tmp_path / "rows.jsonl"

@@ -148,9 +148,9 @@ def test_a_pipeline_samples_as_the_authors_do(pipe, sampler):
 
 def test_a_scheduler_set_since_stays(pipe):
     undo, _ = few_steps.install(pipe, CALL, rcm(80))
-    pipe.scheduler = mine = FewStepScheduler()
+    pipe.scheduler = replacement = FewStepScheduler()
     undo()
-    assert pipe.scheduler is mine
+    assert pipe.scheduler is replacement
 
 
 def test_the_boundary_of_two_transformers_is_restored(pipe):

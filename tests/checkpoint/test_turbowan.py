@@ -92,8 +92,8 @@ def test_its_pipeline_folder_opens_as_the_stock_one(cli, wan_folder, copy, tmp_p
     done = cli("generate", "--model", folder, "--load", folder, "--set", "topk=0.2", "--steps", 2, *size)
     assert done.status == 0, done.err
     assert "sla(topk=0.2" in done.out and "2 layers, 2 calls" in done.out
-    told = cli("doctor", "--model", folder, "--load", folder)
-    assert says(told.out, "turbowan,", "num_inference_steps=4", "fits", folder)
+    diagnosis = cli("doctor", "--model", folder, "--load", folder)
+    assert says(diagnosis.out, "turbowan,", "num_inference_steps=4", "fits", folder)
 
 
 def test_an_evaluation_gives_each_its_own_number_of_steps(cli, wan_folder, tmp_path):
@@ -113,9 +113,10 @@ def test_an_evaluation_gives_each_its_own_number_of_steps(cli, wan_folder, tmp_p
 
 def test_doctor_says_why_weights_do_not_fit(cli, wan_folder, tiny_wan, tmp_path):
     save_file(published(tiny_wan(3)), tmp_path / "weights.safetensors")
-    told = cli("doctor", "--model", wan_folder, "--load", tmp_path / "weights.safetensors", "--json")
-    finding = json.loads(told.out)[-1]
-    assert told.status == 0 and not finding["works"] and "makes blocks.0.ffn.net.0.proj.bias (32,)" in finding["detail"]
+    diagnosis = cli("doctor", "--model", wan_folder, "--load", tmp_path / "weights.safetensors", "--json")
+    finding = json.loads(diagnosis.out)[-1]
+    assert diagnosis.status == 0 and not finding["works"]
+    assert "makes blocks.0.ffn.net.0.proj.bias (32,)" in finding["detail"]
     listed = json.loads(cli("ls", "formats", "--json").out)
     assert {"turbowan", "fastwan", "clear"} <= {known["name"] for known in listed}
     assert "WanTransformer3DModel" in cli("ls", "formats").out

@@ -52,8 +52,8 @@ def test_each_prompt_is_made_as_alone(cli, demo, prompts, tmp_path):
 
 
 def test_again_makes_only_what_is_missing(cli, demo, prompts, tmp_path):
-    asked = ("generate", *SMALL, "--prompts", prompts, "--output", tmp_path / "shot.gif")
-    assert cli(*asked).status == 0
+    command = ("generate", *SMALL, "--prompts", prompts, "--output", tmp_path / "shot.gif")
+    assert cli(*command).status == 0
     before = outputs(tmp_path)
     (tmp_path / "shot-0001.json").unlink()
     (tmp_path / "shot-0002.json").unlink()
@@ -61,7 +61,7 @@ def test_again_makes_only_what_is_missing(cli, demo, prompts, tmp_path):
     (tmp_path / "shot-0003.gif").write_bytes(b"")  # a file that a full disk cut off
     (tmp_path / ".dit-accel-shot-0002.gif.abc").mkdir()
     (tmp_path / "shot.jsonl").unlink()
-    outcome = cli(*asked)
+    outcome = cli(*command)
     assert "3 of 5 prompts to do" in outcome.out
     after = outputs(tmp_path)
     assert {name: content for name, (_, content) in after.items()} == {
@@ -71,17 +71,17 @@ def test_again_makes_only_what_is_missing(cli, demo, prompts, tmp_path):
     assert made_again == {f"shot-000{i}.gif" for i in (1, 2, 3)}
     assert all(entry["done"] for entry in manifest(tmp_path))
     assert not list(tmp_path.glob(".dit-accel-*"))
-    assert "0 of 5 prompts to do" in cli(*asked).out
+    assert "0 of 5 prompts to do" in cli(*command).out
 
 
 def test_other_options_are_refused(cli, demo, prompts, tmp_path):
-    asked = ("generate", *SMALL, "--prompts", prompts, "--output", tmp_path / "shot.gif")
-    assert cli(*asked).status == 0
-    outcome = cli(*asked, "--seed", 3)
+    command = ("generate", *SMALL, "--prompts", prompts, "--output", tmp_path / "shot.gif")
+    assert cli(*command).status == 0
+    outcome = cli(*command, "--seed", 3)
     assert outcome.status == 2
     assert says(outcome.err, "--seed 0 3")
     prompts.write_text("\n".join(reversed(PROMPTS)))
-    assert says(cli(*asked).err, "--prompt")
+    assert says(cli(*command).err, "--prompt")
 
 
 def test_bad_prompts_are_refused(cli, demo, tmp_path):
@@ -96,12 +96,12 @@ def test_bad_prompts_are_refused(cli, demo, tmp_path):
 
 
 def test_accelerate_launch_shares_the_prompts(wan_folder, prompts, tmp_path, root):
-    asked = ["generate", "--model", wan_folder, *SMALL, "--prompts", prompts, "--output", tmp_path / "shot.gif"]
-    own = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "none")}
+    arguments = ["generate", "--model", wan_folder, *SMALL, "--prompts", prompts, "--output", tmp_path / "shot.gif"]
+    environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "none")}
     done = subprocess.run(
-        [sys.executable, *TWO_PROCESSES, "-m", "dit_accel", *map(str, asked)],
+        [sys.executable, *TWO_PROCESSES, "-m", "dit_accel", *map(str, arguments)],
         check=False,
-        env={**os.environ, **own},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )

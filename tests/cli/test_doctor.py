@@ -14,7 +14,8 @@ from dit_accel.pipelines import demo
 
 
 def findings(cli, *arguments):
-    return {found["subject"]: found for found in json.loads(cli("doctor", "--device", "cpu", "--json", *arguments).out)}
+    listed = json.loads(cli("doctor", "--device", "cpu", "--json", *arguments).out)
+    return {finding["subject"]: finding for finding in listed}
 
 
 def test_every_implementation_and_what_auto_takes(cli):
@@ -51,12 +52,15 @@ def test_the_last_line_is_a_verdict(cli, monkeypatch):
 
 
 def test_what_is_missing_has_a_command(cli, monkeypatch):
-    own = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "peft" else own(name, *more))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "peft" else find_spec(name, *more)
+    )
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    found = findings(cli)
-    assert (found["package peft"]["works"], found["package peft"]["remedy"]) == (False, "pip install 'dit_accel[lora]'")
-    assert not found["torch.compile"]["works"] and found["torch.compile"]["remedy"]
+    by_subject = findings(cli)
+    peft, compiler = by_subject["package peft"], by_subject["torch.compile"]
+    assert (peft["works"], peft["remedy"]) == (False, "pip install 'dit_accel[lora]'")
+    assert not compiler["works"] and compiler["remedy"]
 
 
 def test_memory_of_a_model_from_its_settings_alone(cli, monkeypatch):

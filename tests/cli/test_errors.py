@@ -212,12 +212,12 @@ class TestWeights:
         return model, lambda: refused("generate", *SIZE, "--model", model, "--output", tmp_path / "a.mp4")
 
     @pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
-    @pytest.mark.parametrize("kept", [0.5, 0], ids=["half", "empty"])
-    def test_truncated_safetensors(self, generate, component, kept):
+    @pytest.mark.parametrize("share", [0.5, 0], ids=["half", "empty"])
+    def test_truncated_safetensors(self, generate, component, share):
         model, run = generate
         (weights,) = (model / component).glob("*.safetensors")
         content = weights.read_bytes()
-        weights.write_bytes(content[: int(len(content) * kept)])
+        weights.write_bytes(content[: int(len(content) * share)])
         assert "damaged or cut short" in run()
 
     def test_missing_safetensors(self, generate, caplog):

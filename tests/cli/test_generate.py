@@ -180,13 +180,13 @@ def test_loras_add_up(cli, demo, tmp_path):
         pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
         layers = get_peft_model_state_dict(pipe.transformer)
         pipe.save_lora_weights(tmp_path / name, transformer_lora_layers=layers)
-    made = []
+    pictures = []
     for names in ("", "a", "b", "ab"):
         options = [option for name in names for option in ("--lora", tmp_path / name)]
         outcome = cli("generate", *SMALL, *options, "--output", tmp_path / f"{names or 'none'}.png", "--frames", 1)
         assert outcome.status == 0, outcome.err
-        made.append((tmp_path / f"{names or 'none'}.png").read_bytes())
-    assert len(set(made)) == 4
+        pictures.append((tmp_path / f"{names or 'none'}.png").read_bytes())
+    assert len(set(pictures)) == 4
 
 
 def test_progress_and_results_go_to_different_streams(cli, demo, tmp_path):

@@ -45,11 +45,11 @@ def session(root, tmp_path_factory):
 @pytest.fixture(scope="module")
 def parts(session, tmp_path_factory):
     """The commands of each part, in a dry run on a CPU."""
-    found = {}
+    commands = {}
     for part in PARTS:
-        done, found[part] = session(part, tmp_path_factory.mktemp(part) / "rows")
+        done, commands[part] = session(part, tmp_path_factory.mktemp(part) / "rows")
         assert done.returncode == 0, done.stdout + done.stderr
-    return found
+    return commands
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ class Size:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked(Size):
+class Request(Size):
     seeds: tuple[int, ...] = option(
         (0, 1), "Seeds.", metavar="N,N", parse=lambda text: tuple(map(int, text.split(",")))
     )
@@ -41,10 +41,10 @@ def run():
     program = typer.Typer()
 
     @program.command()
-    @command(Asked)
-    def verb(given):
+    @command(Request)
+    def verb(typed):
         """A verb."""
-        seen.append(given)
+        seen.append(typed)
 
     def invoke(*arguments):
         outcome = CliRunner().invoke(program, [str(argument) for argument in arguments])
@@ -57,7 +57,7 @@ def test_a_verb_gets_what_was_typed_and_nothing_else(run):
     assert run() == {}
     typed = run("--seeds", "3,4", "--pair", "a=1", "--pair", "b=2", "--place", "x", "--fast", "--frames", 2)
     assert typed == {"seeds": (3, 4), "pairs": ("a=1", "b=2"), "place": Path("x"), "fast": True, "frames": 2}
-    assert Asked(**typed) == Asked(seeds=(3, 4), pairs=("a=1", "b=2"), place=Path("x"), fast=True, frames=2)
+    assert Request(**typed) == Request(seeds=(3, 4), pairs=("a=1", "b=2"), place=Path("x"), fast=True, frames=2)
     assert run("--kind", "a") == {"kind": "a"}  # typed, though it is the default
 
 
@@ -82,14 +82,14 @@ def verbs():
 
 
 def is_groups(value):
-    return isinstance(value, tuple) and value and all(dataclasses.is_dataclass(each) for each in value)
+    return isinstance(value, tuple) and value and all(dataclasses.is_dataclass(group) for group in value)
 
 
 def test_every_verb_takes_its_options_from_dataclasses_that_explain_them():
-    found = list(verbs())
+    groups = list(verbs())
     wanted = {"generate", "evaluate", "train", "bench", "plan", "ls", "doctor", "env", "tune", "serve"}
-    assert {name for name, _ in found} == wanted
-    for _, group in found:
+    assert {name for name, _ in groups} == wanted
+    for _, group in groups:
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
             assert field.name in hints

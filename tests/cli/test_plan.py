@@ -71,13 +71,13 @@ def test_routed_methods_have_bounds(cli, method):
     low, high = json.loads(cli(*arguments, "--json").out)["pairs_bounds"]
     name, config = parse_method(method)
     plan, random = dit_accel.plan(name, grid, **config), torch.randn(2, 1, 2, grid.tokens, 8)
-    found = []
+    pairs = []
     for q, k in (random, 0 * random):
         density = torch.zeros(2)
         plan.add_density(plan.route(q, k), density)
-        found.append(density[0].item() * grid.tokens**2)
-    assert 0 < low <= min(found) * (1 + 1e-6) and max(found) <= high * (1 + 1e-6) and low < grid.tokens**2
-    assert name != "sol" or found[1] == pytest.approx(low)
+        pairs.append(density[0].item() * grid.tokens**2)
+    assert 0 < low <= min(pairs) * (1 + 1e-6) and max(pairs) <= high * (1 + 1e-6) and low < grid.tokens**2
+    assert name != "sol" or pairs[1] == pytest.approx(low)
     table = cli(*arguments).out
     assert (f"{high:,} of" if plan.pairs else f"at least {low:,} of {grid.tokens**2:,}") in table
 

@@ -35,38 +35,38 @@ def playground(demo_folder, tmp_path):
 
 
 def test_a_comparison_has_videos_times_likeness_mask_and_report(playground, tmp_path):
-    told = []
-    made = compare(playground, lambda *step: told.append(step))
-    assert [step[1:] for step in told] == [(0, 3), (1, 3), (2, 3), (3, 3)] * 2
-    assert told[0][0] == "dense" and told[-1][0].startswith("gna")
-    assert sorted(tmp_path.iterdir()) == sorted([made.dense, made.accelerated, made.mask])
-    assert [len(imageio.v2.mimread(path)) for path in (made.dense, made.accelerated)] == [5, 5]
-    assert says(made.likeness, "PSNR dB SSIM") and "<table>" in made.report
+    steps = []
+    comparison = compare(playground, lambda *step: steps.append(step))
+    assert [step[1:] for step in steps] == [(0, 3), (1, 3), (2, 3), (3, 3)] * 2
+    assert steps[0][0] == "dense" and steps[-1][0].startswith("gna")
+    assert sorted(tmp_path.iterdir()) == sorted([comparison.dense, comparison.accelerated, comparison.mask])
+    assert [len(imageio.v2.mimread(path)) for path in (comparison.dense, comparison.accelerated)] == [5, 5]
+    assert says(comparison.likeness, "PSNR dB SSIM") and "<table>" in comparison.report
 
 
 def test_the_dense_output_of_the_same_call_is_used_again(playground):
     first = compare(playground).dense.read_bytes()
-    told = []
-    again = compare(playground, lambda *step: told.append(step[0]), method="radial:decay=0.5")
-    assert again.dense.read_bytes() == first and "dense" not in told and again.remarks
-    compare(playground, lambda *step: told.append(step[0]), seed=2)
-    assert "dense" in told
+    titles = []
+    again = compare(playground, lambda *step: titles.append(step[0]), method="radial:decay=0.5")
+    assert again.dense.read_bytes() == first and "dense" not in titles and again.remarks
+    compare(playground, lambda *step: titles.append(step[0]), seed=2)
+    assert "dense" in titles
 
 
 def test_cancel_stops_at_the_next_step_and_leaves_the_model_in_order(playground):
     before = compare(playground, cache="first-block:threshold=0.3").accelerated.read_bytes()
     state = {name: value.clone() for name, value in playground.pipe.transformer.state_dict().items()}
     for title in ("dense", "gna"):
-        ticket, told = playground.ticket(), []
+        ticket, steps = playground.ticket(), []
 
-        def show(now, done, total, ticket=ticket, told=told, title=title):
-            told.append(done)
+        def show(now, done, total, ticket=ticket, steps=steps, title=title):
+            steps.append(done)
             if now.startswith(title) and done == 1:
                 assert playground.cancel(ticket)
 
         with pytest.raises(Cancelled):
             playground.compare(ticket, METHOD | {"seed": 5 + len(title)}, show)
-        assert told[-1] == 1, "no step came after the one that runs"
+        assert steps[-1] == 1, "no step came after the one that runs"
         assert not playground.cancel(ticket)
     after = playground.pipe.transformer.state_dict()
     assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)

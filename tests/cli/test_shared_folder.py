@@ -33,8 +33,8 @@ def starter():
     """Starts processes that are forked from one which has imported what is slow to import."""
     context = multiprocessing.get_context("forkserver")
     libraries = "diffusers.pipelines.wan.pipeline_wan transformers.models.umt5.modeling_umt5 torchmetrics.image"
-    ours = "dit_accel.cli.app dit_accel.eval.quality dit_accel.checkpoint.load matplotlib.backends.backend_agg"
-    context.set_forkserver_preload([*libraries.split(), *ours.split()])
+    package = "dit_accel.cli.app dit_accel.eval.quality dit_accel.checkpoint.load matplotlib.backends.backend_agg"
+    context.set_forkserver_preload([*libraries.split(), *package.split()])
     return context
 
 
@@ -79,11 +79,11 @@ def test_generate(start, wan_folder, prompts, tmp_path):
     """The killed process has written an output and not yet moved its record into place."""
     folder = tmp_path / "out"
     folder.mkdir()
-    asked = ["generate", "--model", wan_folder, *SMALL, "--prompts", prompts, "--output", folder / "shot.gif"]
-    assert statuses(start(KILLED, asked, folder, (2, "shot-0000.json"))) == [-signal.SIGKILL]
+    command = ["generate", "--model", wan_folder, *SMALL, "--prompts", prompts, "--output", folder / "shot.gif"]
+    assert statuses(start(KILLED, command, folder, (2, "shot-0000.json"))) == [-signal.SIGKILL]
     (whole,) = contents(folder)
-    first = start(READER, asked, folder, reads=True), start(LATE[0], asked, folder)
-    assert statuses(*first, start(LATE[1], asked, folder)) == [2, 0, 0]
+    first = start(READER, command, folder, reads=True), start(LATE[0], command, folder)
+    assert statuses(*first, start(LATE[1], command, folder)) == [2, 0, 0]
     names = [f"shot-{index:04d}" for index in range(len(PROMPTS))]
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["shot.jsonl", *(f"{name}.{ending}" for name in names for ending in ("gif", "json"))]
@@ -91,7 +91,7 @@ def test_generate(start, wan_folder, prompts, tmp_path):
     listed = [json.loads(line) for line in (folder / "shot.jsonl").read_text().splitlines()]
     assert [(entry["prompt"], entry["done"]) for entry in listed] == [(prompt, True) for prompt in PROMPTS]
     before = contents(folder)
-    assert whole in before and statuses(start(KILLED, asked, folder)) == [0] and contents(folder) == before
+    assert whole in before and statuses(start(KILLED, command, folder)) == [0] and contents(folder) == before
 
 
 def test_eval(start, cli, wan_folder, prompts, tmp_path):

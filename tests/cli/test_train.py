@@ -26,8 +26,8 @@ def fresh_accelerate():
 
 def test_prepare_train_and_generate(cli, demo, tmp_path):
     data, folder = tmp_path / "prepared", tmp_path / "trained"
-    made = cli("train", "--data", "clips", "--count", 3, *SIZE, *METHOD, "--prepare", "--output", data)
-    assert made.status == 0 and "3 samples" in made.out
+    prepared = cli("train", "--data", "clips", "--count", 3, *SIZE, *METHOD, "--prepare", "--output", data)
+    assert prepared.status == 0 and "3 samples" in prepared.out
     options = ("--steps", 2, "--batch", 2, "--rank", 2, "--option", "ema=0.5", "--option", "levels.shift=3")
     sampled = ("--prompt", "a red circle", "--validate-every", 2)
     done = cli("train", "--data", data / "data", *SIZE, *METHOD, *options, *sampled, "--output", folder)
@@ -100,11 +100,11 @@ def test_a_distilled_model_is_sampled_in_its_steps(cli, demo, tmp_path):
     assert (record["call"]["num_inference_steps"], record["call"]["guidance_scale"]) == (2, 1.0)
     (tmp_path / "prompts.txt").write_text("a blue square\n")
     options = ("--prompts", tmp_path / "prompts.txt", *SIZE, "--metric", "psnr", "--load", tmp_path / "few")
-    for folder, asked, taken in (("own", (), [12, 2]), ("asked", ("--steps", 3), [3, 3])):
-        done = cli("eval", *options, *asked, "--output", tmp_path / folder)
+    for folder, steps, ran in (("own", (), [12, 2]), ("asked", ("--steps", 3), [3, 3])):
+        done = cli("eval", *options, *steps, "--output", tmp_path / folder)
         assert done.status == 0, done.err
         rows = json.loads((tmp_path / folder / "summary.json").read_text())["rows"]
-        assert [row["steps"] for row in rows] == taken
+        assert [row["steps"] for row in rows] == ran
         assert [row["guidance"] for row in rows] == [1.0, 1.0]
         assert (
             "in 2 steps with guidance 1.0, baseline in 12 with 1.0." in (tmp_path / folder / "summary.md").read_text()
@@ -113,12 +113,12 @@ def test_a_distilled_model_is_sampled_in_its_steps(cli, demo, tmp_path):
 
 def test_generated_data_and_a_layer_search(cli, demo, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n\na blue square\n")
-    found = tmp_path / "schedule.json"
+    schedule = tmp_path / "schedule.json"
     candidates = ("--candidate", "window=3", "--candidate", "window=1", "--budget", 0.4)
     data = ("--data", "generated", "--prompts", tmp_path / "prompts.txt", *SIZE)
-    done = cli("train", *data, "--search", found, "--method", "gna", *candidates, "--output", tmp_path / "run")
+    done = cli("train", *data, "--search", schedule, "--method", "gna", *candidates, "--output", tmp_path / "run")
     assert done.status == 0, done.err
-    content = json.loads(found.read_text())
+    content = json.loads(schedule.read_text())
     assert content["search"]["density"] <= 0.4 and len(content["layers"]["transformer"]) == 2
     assert len(json.loads((tmp_path / "run" / "data" / "dataset.json").read_text())["samples"]) == 2
 

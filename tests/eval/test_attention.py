@@ -36,15 +36,16 @@ def test_cells_are_the_errors_of_their_layer_and_step(run):
     assert record.steps == [0, 1, 2] and record.layers == LAYERS
     assert set(record.error) == set(record.mass) == {(layer, step) for layer in LAYERS[::2] for step in (1, 2)}
     for (layer, step), heads in record.error.items():
-        own = [call for call in seen if (f"transformer.{call.layer}", call.step.index) == (layer, step)]
-        assert len(own) == 2 and own[0].q.shape[:2] == (2, len(heads))
-        q, k, v, out = (torch.cat([getattr(call, name) for call in own]).double() for name in ("q", "k", "v", "out"))
+        in_cell = [call for call in seen if (f"transformer.{call.layer}", call.step.index) == (layer, step)]
+        assert len(in_cell) == 2 and in_cell[0].q.shape[:2] == (2, len(heads))
+        names = ("q", "k", "v", "out")
+        q, k, v, out = (torch.cat([getattr(call, name) for call in in_cell]).double() for name in names)
         dense = functional.scaled_dot_product_attention(q, k, v)
         expected = ((out - dense).square().sum((0, 2, 3)) / dense.square().sum((0, 2, 3))).sqrt()
         assert heads == pytest.approx(expected.tolist(), rel=1e-4)  # the measure works in fp32
         weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
-        kept = (weights * own[0].plan.token_mask()).sum(-1).mean((0, 2))
-        assert record.mass[layer, step] == pytest.approx(kept.tolist(), rel=1e-4)
+        mass = (weights * in_cell[0].plan.token_mask()).sum(-1).mean((0, 2))
+        assert record.mass[layer, step] == pytest.approx(mass.tolist(), rel=1e-4)
 
     shown = record.as_json()
     assert shown["error"][1] == [None, None, None] and shown["error"][0][0] is None
@@ -53,15 +54,15 @@ def test_cells_are_the_errors_of_their_layer_and_step(run):
 
 def test_keeping_every_pair_is_perfect_and_less_is_worse(run):
     transformer, calls = run
-    found = {}
+    records = {}
     for window in ("full", 5, 3):
         with accelerated(transformer, "gna", window=window) as accel:
-            found[window] = record_attention(accel, lambda accel=accel: calls(accel), steps=(1,))
+            records[window] = record_attention(accel, lambda accel=accel: calls(accel), steps=(1,))
     key = LAYERS[0], 1
-    assert max(found["full"].error[key]) < 1e-5 and found["full"].mass[key] == pytest.approx([1, 1])
+    assert max(records["full"].error[key]) < 1e-5 and records["full"].mass[key] == pytest.approx([1, 1])
     for head in range(2):
-        assert found["full"].error[key][head] < found[5].error[key][head] < found[3].error[key][head]
-        assert found["full"].mass[key][head] > found[5].mass[key][head] > found[3].mass[key][head]
+        assert records["full"].error[key][head] < records[5].error[key][head] < records[3].error[key][head]
+        assert records["full"].mass[key][head] > records[5].mass[key][head] > records[3].mass[key][head]
 
 
 def test_chosen_steps_and_layers_only(run):

@@ -35,8 +35,8 @@ def lines(output) -> int:
 def figures(output):
     rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
     summary = json.loads((output / "summary.json").read_text())
-    kept = [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
-    return kept, [(row["label"], row["density"], row["figures"]) for row in summary["rows"]]
+    scores = [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    return scores, [(row["label"], row["density"], row["figures"]) for row in summary["rows"]]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def starter():
     """Starts processes that are forked from one which has imported what is slow to import."""
     context = multiprocessing.get_context("forkserver")
     libraries = "diffusers.pipelines.wan.pipeline_wan transformers.models.umt5.modeling_umt5 torchmetrics.image"
-    ours = "dit_accel.eval.quality dit_accel.checkpoint.load matplotlib.backends.backend_agg"
-    context.set_forkserver_preload([*libraries.split(), *ours.split()])
+    package = "dit_accel.eval.quality dit_accel.checkpoint.load matplotlib.backends.backend_agg"
+    context.set_forkserver_preload([*libraries.split(), *package.split()])
     return context
 
 

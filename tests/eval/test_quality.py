@@ -94,7 +94,7 @@ class TestResults:
         assert {sample["prompt"] for sample in summary["samples"]} == {"a red circle"}
         assert all((out / sample["media"]).exists() for sample in summary["samples"])
         assert [mask["row"] for mask in summary["masks"]] == [GNA]
-        maps = {found["row"]: found for found in summary["attention"]}
+        maps = {entry["row"]: entry for entry in summary["attention"]}
         assert maps[GNA]["steps"] == [1] and len(maps[GNA]["layers"]) == 2
         assert all(0 < mass < 1 for mass in maps[GNA]["mass"][0][0])
         rows = results(out)
@@ -362,9 +362,9 @@ def test_compiled(evaluate, tmp_path, monkeypatch):
 
     def counted(*call):
         before = counters["stats"]["unique_graphs"]
-        made = timed(*call)
+        sampled = timed(*call)
         graphs.append(counters["stats"]["unique_graphs"] - before)
-        return made
+        return sampled
 
     monkeypatch.setattr(sweep, "sample", counted)
 

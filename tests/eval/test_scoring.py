@@ -30,16 +30,16 @@ def scored(chosen, baselines, others, media=()):
 def test_identity_is_perfect_and_noise_is_not(chosen, clips):
     baselines = clips(4)
     others = [(clip // 2) for clip in baselines]
-    found = scored(chosen, baselines, others)
-    values, figures = found["baseline"]
+    scores_of = scored(chosen, baselines, others)
+    values, figures = scores_of["baseline"]
     assert values["psnr"] == [math.inf] * 4
     assert figures["psnr"] == {"value": math.inf, "interval": (math.inf, math.inf), "samples": 4}
     assert figures["ssim"]["value"] == pytest.approx(1)
-    assert abs(figures["fid"]["value"]) < 1e-6 < 1e-2 < found["other"][1]["fid"]["value"]
-    assert figures["kid"]["value"] <= 0 < found["other"][1]["kid"]["value"]
-    assert found["other"][1]["psnr"]["value"] < 20
-    low, high = found["other"][1]["psnr"]["interval"]
-    assert low < found["other"][1]["psnr"]["value"] < high
+    assert abs(figures["fid"]["value"]) < 1e-6 < 1e-2 < scores_of["other"][1]["fid"]["value"]
+    assert figures["kid"]["value"] <= 0 < scores_of["other"][1]["kid"]["value"]
+    assert scores_of["other"][1]["psnr"]["value"] < 20
+    low, high = scores_of["other"][1]["psnr"]["interval"]
+    assert low < scores_of["other"][1]["psnr"]["value"] < high
 
 
 def test_too_few_images_have_no_figure(chosen, clips):

@@ -141,13 +141,13 @@ def test_published_suites_run(name, folder, size, cli, request, tmp_path):
 
 
 def test_levels_and_published_figures(tmp_path):
-    found = read(
+    suite = read(
         tmp_path,
         "model: demo\nmethods:\n  - {level: fast, published: {name: A, where: B, source: C, speedup: 2}}\n"
         "published: [{name: D, where: E, source: F, psnr: 20}]\n",
     )
-    (candidate,) = found["methods"]
-    assert [(entry.name, entry.label) for entry in found["published"]] == [("A", candidate.label), ("D", "")]
+    (candidate,) = suite["methods"]
+    assert [(entry.name, entry.label) for entry in suite["published"]] == [("A", candidate.label), ("D", "")]
     with pytest.raises(DitAccelError, match=names("name where source")):
         read(tmp_path, "published: [{name: D}]")
 

@@ -204,7 +204,7 @@ class Page:
 def chromium():
     """A page of a fresh headless Chromium; skipped where there is none."""
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    program = next((found for name in names if (found := shutil.which(name))), None)
+    program = next((path for name in names if (path := shutil.which(name))), None)
     if program is None:
         pytest.skip(f"none of {', '.join(names)} is on the PATH")
     flags = ["--headless=new", "--remote-debugging-pipe", "--disable-gpu", "--no-first-run", "--mute-audio"]

@@ -72,6 +72,6 @@ def test_a_broken_page_is_noticed(chromium, tmp_path):
     broken = tmp_path / "broken.html"
     broken.write_text("<script>nowhere()</script><img src='http://127.0.0.1:9/x.png'>")
     chromium.open(broken, width=800)
-    found = str(chromium.complaints)
+    complaints = str(chromium.complaints)
     chromium.complaints.clear()
-    assert "nowhere is not defined" in found and "127.0.0.1:9" in found
+    assert "nowhere is not defined" in complaints and "127.0.0.1:9" in complaints

@@ -27,12 +27,12 @@ def test_numbers_are_written_for_people():
 
 def front_by_hand(points, sign):
     """Labels of points (speed, value, label) for which no other is better in one and at least as good in the other."""
-    kept = []
+    front = []
     for speed, value, label in points:
         rivals = [(a, sign * b) for a, b, other in points if other != label]
         if not any((a > speed and b >= sign * value) or (a >= speed and b > sign * value) for a, b in rivals):
-            kept.append((speed, label))
-    return [label for _, label in sorted(kept)]
+            front.append((speed, label))
+    return [label for _, label in sorted(front)]
 
 
 @pytest.mark.parametrize("better", ["higher", "lower"])
@@ -102,7 +102,7 @@ def test_pictures_take_the_pages_colours_and_know_gaps(summary):
     assert [name for name in names if f">{name}</text>" not in svg] == []
     marks = pictures.marks(summary)
     assert marks["gna:window=0.5"] == marks["gna:window=0.7"] and len(set(marks.values())) == 3
-    assert [metric["name"] for metric in pictures.drawable(summary)] == [each["name"] for each in summary["metrics"]]
+    assert pictures.drawable(summary) == summary["metrics"]
     assert pictures.pareto(summary).startswith(b"\x89PNG")
     assert ">blocks.2</text>" in pictures.heat_maps(summary["attention"][0])
 
