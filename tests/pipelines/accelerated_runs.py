@@ -25,7 +25,7 @@ def settings(tiny):
     return (*(VIDEO if tiny.video else IMAGE), *(ROUTED if str(tiny) in UNTUNED else ()))
 
 
-def each(models=FIRST):
+def each_run(models=FIRST):
     """Every method of these models."""
     runs = [(tiny, method, config) for tiny in models for method, config in settings(tiny)]
     return pytest.mark.parametrize(("tiny", "method", "config"), in_turn(runs, lambda tiny, method, config: method))

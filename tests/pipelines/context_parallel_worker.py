@@ -72,12 +72,12 @@ def cases():
         yield from every_method("joint", image, build, (IMAGE[0], SLA))
         for name, sizes in FOUR_HEADS.items():
             family, _, model = name.partition(":")
-            tiny, own = tiny_models.get(family, model), tiny_models.module(family)
-            yield from every_method(name, tiny, lambda own=own, sizes=sizes: own.build(**sizes), (SLA,))
+            tiny, module = tiny_models.get(family, model), tiny_models.module(family)
+            yield from every_method(name, tiny, lambda module=module, sizes=sizes: module.build(**sizes), (SLA,))
         return
     for tiny in tiny_models.all_models():
         if str(tiny) in globals()["RUNS"]:
-            methods = [each for each in accelerated_runs.settings(tiny) if each[0] in globals()["RUNS"][str(tiny)]]
+            methods = [run for run in accelerated_runs.settings(tiny) if run[0] in globals()["RUNS"][str(tiny)]]
             yield from every_method(str(tiny), tiny, tiny.build, methods)
         if str(tiny) in globals()["DIFFUSERS"]:
             yield from every_method(f"Diffusers/{tiny}", tiny, tiny.build, accelerated_runs.settings(tiny)[:1])
@@ -99,13 +99,13 @@ def every_method(name, tiny, build, settings):
         dit_accel.parallelize(shared, ulysses=RANKS)
         together, _ = accelerated(shared, inputs, "dense", {})
     alone = ((single, inputs), (double, exact_inputs))
-    yield f"{name}/dense", in_turn(together, lambda: (tiny_models.run(*each) for each in alone))
+    yield f"{name}/dense", in_turn(together, lambda: (tiny_models.run(*case) for case in alone))
     for method, config in settings:
-        got, report = accelerated(shared, inputs, method, config)
-        found = in_turn(
-            got, lambda method=method, config=config: (accelerated(*each, method, config)[0] for each in alone)
+        output, report = accelerated(shared, inputs, method, config)
+        comparison = in_turn(
+            output, lambda method=method, config=config: (accelerated(*case, method, config)[0] for case in alone)
         )
-        yield f"{name}/{method}", found | {"report": report.as_dict()}
+        yield f"{name}/{method}", comparison | {"report": report.as_dict()}
 
 
 def balanced_heads(tiny, build):
@@ -123,7 +123,7 @@ def balanced_heads(tiny, build):
     attention.dealt = noted
     try:
         with dit_accel.accelerated(shared, "sol", block=8, block_q=8, tau=1.0):
-            got = torch.stack([tiny_models.run(shared, call) for call in calls])
+            shared_outputs = torch.stack([tiny_models.run(shared, call) for call in calls])
     finally:
         attention.dealt = deal
     alone = []
@@ -131,15 +131,15 @@ def balanced_heads(tiny, build):
         with dit_accel.accelerated(transformer, "sol", block=8, block_q=8, tau=1.0):
             outputs = [tiny_models.run(transformer, tiny_models.cast(call, dtype)) for call in calls]
         alone.append(torch.stack(outputs))
-    yield "balanced heads", compare(got, *alone) | {"orders": orders}
+    yield "balanced heads", compare(shared_outputs, *alone) | {"orders": orders}
 
 
-def in_turn(got, references):
+def in_turn(output, references):
     """One process compares its result with those of one process, plain and exact; the others' are equal to its own."""
     turn = next(TURNS)
-    first = got.clone()
+    first = output.clone()
     dist.broadcast(first, turn)
-    return compare(got, *references()) if turn == RANK else {"identical": torch.equal(got, first)}
+    return compare(output, *references()) if turn == RANK else {"identical": torch.equal(output, first)}
 
 
 def without_masks(tiny, inputs):
@@ -154,25 +154,25 @@ def equal_shares(build, inputs):
     plain, _ = accelerated(single, inputs, "gna", WINDOW)
     exact, _ = accelerated(double, exact_inputs, "gna", WINDOW)
     yield "equal shares", compare(accelerated(shared, inputs, "gna", WINDOW)[0], plain, exact)
-    ours = build()
-    dit_accel.parallelize(ours)
-    for name, several in (("", shared), (" of ours", ours)):
-        found, alone, wide = gradient(several, inputs), gradient(single, inputs), gradient(double, exact_inputs)
-        yield f"gradients{name}", compare(found, alone, wide)
+    parallelized = build()
+    dit_accel.parallelize(parallelized)
+    for name, several in (("", shared), (" of ours", parallelized)):
+        together, alone, wide = gradient(several, inputs), gradient(single, inputs), gradient(double, exact_inputs)
+        yield f"gradients{name}", compare(together, alone, wide)
     dense = [tiny_models.run(transformer, inputs) for transformer in (shared, single)]
     with dit_accel.accelerated(shared, "gna", dense_steps=1, **WINDOW) as accel:
         accel.set_step(0, 2)
         step = tiny_models.run(shared, inputs)
     yield "dense step", {"identical": torch.equal(step, dense[0])}
     yield "dense", compare(dense[0], dense[1], tiny_models.run(double, exact_inputs))
-    with dit_accel.accelerated(ours, "gna", dense_steps=1, dense_layers=1, **WINDOW) as accel:
+    with dit_accel.accelerated(parallelized, "gna", dense_steps=1, dense_layers=1, **WINDOW) as accel:
         accel.set_step(0, 2)
         yield (
             "dense step of ours",
-            compare(tiny_models.run(ours, inputs), dense[1], tiny_models.run(double, exact_inputs)),
+            compare(tiny_models.run(parallelized, inputs), dense[1], tiny_models.run(double, exact_inputs)),
         )
     if RANKS == 2:
-        for name, several in (("compiled", shared), ("compiled ours", ours)):
+        for name, several in (("compiled", shared), ("compiled ours", parallelized)):
             several.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
             yield name, compare(accelerated(several, inputs, "gna", WINDOW)[0], plain, exact)
 
@@ -182,9 +182,9 @@ def step_caches(tiny):
     single, shared, double = tiny.build(), tiny.build(), tiny.build().double()
     dit_accel.parallelize(shared)
     for cache in CACHES:
-        got, steps = cached(shared, tiny.call(), cache)
+        output, steps = cached(shared, tiny.call(), cache)
         plain, alone = cached(single, tiny.call(), cache)
-        yield f"cached/{tiny}/{cache}", compare(got, plain, cached(double, tiny.double_call(), cache)[0])
+        yield f"cached/{tiny}/{cache}", compare(output, plain, cached(double, tiny.double_call(), cache)[0])
         yield (
             f"skipped/{tiny}/{cache}",
             {"identical": steps == alone and min(alone.values()) < 1 == max(alone.values())},
@@ -252,16 +252,16 @@ def gradient(transformer, inputs):
     """Of one weight. Each process has what its own tokens give; together that is what one process has."""
     with dit_accel.accelerated(transformer, "gna", **WINDOW):
         transformer(**inputs, return_dict=False)[0].square().mean().backward()
-    found = transformer.blocks[0].attn1.to_k.weight.grad.clone()
+    of_weight = transformer.blocks[0].attn1.to_k.weight.grad.clone()
     transformer.zero_grad()
     if transformer._parallel_config is not None:
-        dist.all_reduce(found)
-    return found
+        dist.all_reduce(of_weight)
+    return of_weight
 
 
-def compare(got, plain, exact):
+def compare(output, plain, exact):
     return {
-        "error": (got.double() - exact).abs().max().item(),
+        "error": (output.double() - exact).abs().max().item(),
         "budget": error_budget(plain, exact),
         "scale": exact.abs().max().item(),
     }

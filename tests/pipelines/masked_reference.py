@@ -72,16 +72,16 @@ class MaskedAttention(TorchFunctionMode):
 
 def plain_and_exact(tiny: TinyModel, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
     """The model with masked attention in fp32 and in fp64, both on the pairs that `pairs` gave in fp32."""
-    given = []
+    recorded = []
 
     def record(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        given.append(pairs(q, k, v))
-        return given[-1]
+        recorded.append(pairs(q, k, v))
+        return recorded[-1]
 
     with MaskedAttention(tiny, record) as mode:
         plain = run(tiny.shared, tiny.call())
     assert mode.calls, "the model made no attention call of the grid's length"
-    replay = iter(given)
+    replay = iter(recorded)
     with MaskedAttention(tiny, lambda *_: next(replay), double=True):
         exact = run(tiny.shared_double, tiny.double_call())
     return plain, exact
@@ -114,23 +114,23 @@ def listed_pairs(method: str, grid: TokenGrid, config: dict[str, Any], rows: tor
 
     def in_order(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         tokens = q.shape[-2]
-        own = dataclasses.replace(grid, text=0, conditioning=0)
+        in_call = dataclasses.replace(grid, text=0, conditioning=0)
         if tokens != grid.visual:
-            own = dataclasses.replace(grid, text=grid.text - (grid.tokens - tokens))
-        plan, queries = dit_accel.plan(method, own, **config), torch.arange(grid.visual)
+            in_call = dataclasses.replace(grid, text=grid.text - (grid.tokens - tokens))
+        plan, queries = dit_accel.plan(method, in_call, **config), torch.arange(grid.visual)
         assert isinstance(plan, RoutedPlan)
         mask = torch.ones(*q.shape[:2], tokens, tokens, dtype=torch.bool)
         for sample in range(len(q)):
             lists = plan.route(q[sample : sample + 1], k[sample : sample + 1])
             for head in range(q.shape[1]):
-                mask[sample, head, queries + own.visual_start] = plan.kept_keys(queries, lists, head)
+                mask[sample, head, queries + in_call.visual_start] = plan.kept_keys(queries, lists, head)
         return mask
 
     return pairs
 
 
 def assert_no_worse(
-    ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, coarsest: torch.dtype | None = None
+    output: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, coarsest: torch.dtype | None = None
 ) -> None:
     """At most twice the error of PyTorch in the same dtype, both against fp64, plus one rounding band.
 
@@ -138,5 +138,5 @@ def assert_no_worse(
     difference in the last bit of fp32 may come out as one unit of the coarser one.
     """
     band = torch.finfo(coarsest or plain.dtype).eps * exact.abs().max().item()
-    error, allowed = ((result.double() - exact).abs().max().item() for result in (ours, plain))
+    error, allowed = ((result.double() - exact).abs().max().item() for result in (output, plain))
     assert error <= 2 * (allowed + band), f"error {error:.2e}, plain PyTorch {allowed:.2e}, rounding band {band:.2e}"

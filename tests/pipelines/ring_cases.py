@@ -28,9 +28,9 @@ def ring_cases(rank, ranks, in_turn, gradient, cached):
         ),
     )
     cache = "first-block:threshold=0.05"
-    got, steps = cached(shared, wan.call(), cache)
+    output, steps = cached(shared, wan.call(), cache)
     plain, alone = cached(single, wan.call(), cache)
-    yield "ring/cached", in_turn(got, lambda: (plain, cached(double, wan.double_call(), cache)[0]))
+    yield "ring/cached", in_turn(output, lambda: (plain, cached(double, wan.double_call(), cache)[0]))
     yield "ring/skipped", {"identical": steps == alone and min(alone.values()) < 1}
     for method, config in ROUTED[:1]:
         try:
@@ -47,14 +47,14 @@ def outputs(name, tiny, ring, rank, ranks, in_turn):
     runs.append(("dense", {}, {}))
     runs.append((*runs[0][:2], {"dense_layers": 1}))
     for method, config, schedule in runs:
-        got, report = accelerated(shared, tiny.call(), method, config, **schedule)
+        output, report = accelerated(shared, tiny.call(), method, config, **schedule)
         references = ((single, tiny.call()), (double, tiny.double_call()))
         yield (
             f"{name}/{method}{'/dense layer' if schedule else ''}",
             in_turn(
-                got,
+                output,
                 lambda method=method, config=config, schedule=schedule, references=references: (
-                    accelerated(*each, method, config, **schedule)[0] for each in references
+                    accelerated(*case, method, config, **schedule)[0] for case in references
                 ),
             ),
         )
@@ -79,9 +79,9 @@ def as_predicted(transformer, tiny, report, ring, rank, ranks):
         separate=shared_of(transformer).sharding.separate,
     )  # fmt: skip
     work, calls = several.work[rank], traffic.calls
-    found = traffic.exchanged, traffic.fetched, traffic.transfers, traffic.possible
+    moved = traffic.exchanged, traffic.fetched, traffic.transfers, traffic.possible
     predicted = samples * work.exchanged, samples * work.fetched, several.fetches, several.possible
-    return calls == report.sparse_calls > 0 and several.ring == ring and found == tuple(calls * x for x in predicted)
+    return calls == report.sparse_calls > 0 and several.ring == ring and moved == tuple(calls * x for x in predicted)
 
 
 def shared_out(tiny, ring):

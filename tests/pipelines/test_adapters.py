@@ -80,12 +80,12 @@ def test_a_back_end_set_beside_an_adapter_stays(tiny, monkeypatch):
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
     transformer = tiny.build()
     load(transformer)
-    own = [processor for processor in transformer.attn_processors.values() if isinstance(processor, torch.nn.Module)]
+    modules = [module for module in transformer.attn_processors.values() if isinstance(module, torch.nn.Module)]
     wanted = run(transformer, call(tiny))
     with dit_accel.accelerated(transformer, "gna", **WINDOW):
         transformer.set_attention_backend("_native_math")
         run(transformer, call(tiny))
-    assert own and all(processor._attention_backend.value == "_native_math" for processor in own)
+    assert modules and all(module._attention_backend.value == "_native_math" for module in modules)
     torch.testing.assert_close(run(transformer, call(tiny)), wanted, **CLOSE)
 
 
@@ -172,14 +172,14 @@ def test_fused_projections_drop_our_processors_with_one_warning():
 def test_other_processors_warn_once_each_time_they_are_set(processors):
     tiny = tiny_models.get("flux", "t2i")
     transformer = tiny.build()
-    own = dict(transformer.attn_processors)
+    originals = dict(transformer.attn_processors)
     with dit_accel.accelerated(transformer, "gna", **WINDOW) as accel:
         for _ in range(2):
-            ours = dict(transformer.attn_processors)
-            transformer.set_attn_processor(FluxAttnProcessor() if processors == "another" else dict(own))
+            sparse = dict(transformer.attn_processors)
+            transformer.set_attn_processor(FluxAttnProcessor() if processors == "another" else dict(originals))
             with pytest.warns(UserWarning, match=names("4 FluxAttnProcessor")):
                 assert torch.equal(run(transformer, tiny.call()), tiny.dense)
-            transformer.set_attn_processor(ours)
+            transformer.set_attn_processor(sparse)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 run(transformer, tiny.call())

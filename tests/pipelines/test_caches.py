@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from accelerated_runs import each, plain_and_exact, settings, train
+from accelerated_runs import each_run, plain_and_exact, settings, train
 from diffusers import hooks
 from diffusers.hooks import (
     FasterCacheConfig,
@@ -41,7 +41,7 @@ def run_cached(transformer, tiny, accel, config):
 
 
 @pytest.mark.check("cache")
-@each([get(*name.split(":")) for name in CACHED])
+@each_run([get(*name.split(":")) for name in CACHED])
 def test_first_block_cache(tiny, method, config, evidence):
     """With the same input every time the cached answer is the answer: all but the first block run once."""
     transformer = tiny.build()
@@ -103,7 +103,7 @@ def test_every_cache_skips_what_it_would_and_the_rest_is_right(name, cache):
     ran = collections.Counter()
     with dit_accel.accelerated(transformer, method, **config) as accel:
         with accel.watch(lambda call: ran.update([call.layer])):
-            ours = run_steps(transformer, tiny, copy.copy(cache), torch.float32)
+            sparse = run_steps(transformer, tiny, copy.copy(cache), torch.float32)
         report = accel.report()
     assert {layer.name: layer.sparse_calls for layer in report.layers if layer.sparse_calls} == ran
     assert report.dense_calls == 0 and report.calls == {"transformer": CALLS}
@@ -114,9 +114,9 @@ def test_every_cache_skips_what_it_would_and_the_rest_is_right(name, cache):
         plain = run_steps(tiny.build(), tiny, copy.copy(cache), torch.float32)
     with MaskedAttention(tiny, pairs, double=True):
         exact = run_steps(tiny.build().double(), tiny, copy.copy(cache), torch.float64)
-    assert_no_worse(ours, plain, exact)
-    assert (ours - run_steps(tiny.build(), tiny, copy.copy(cache), torch.float32)).abs().max() > 100 * (
-        ours - plain
+    assert_no_worse(sparse, plain, exact)
+    assert (sparse - run_steps(tiny.build(), tiny, copy.copy(cache), torch.float32)).abs().max() > 100 * (
+        sparse - plain
     ).abs().max()
 
 

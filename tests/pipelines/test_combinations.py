@@ -4,7 +4,7 @@ import accelerate
 import pytest
 import tiny_models
 import torch
-from accelerated_runs import FIRST, accelerated, each, each_graded, plain_and_exact, train
+from accelerated_runs import FIRST, accelerated, each_graded, each_run, plain_and_exact, train
 from diffusers.hooks import apply_group_offloading
 from masked_reference import assert_no_worse
 from peft import LoraConfig
@@ -18,7 +18,7 @@ from dit_accel.registry import get_families
 
 @pytest.mark.check("dense is bit-identical")
 @pytest.mark.check("removable")
-@each()
+@each_run()
 def test_dense_steps_and_layers_are_the_models_own_code(tiny, method, config, evidence):
     """And so is everything after `remove`."""
     modules = dict(tiny.shared.named_modules())
@@ -72,7 +72,7 @@ def add_lora(transformer, tiny):
 
 
 @pytest.mark.check("LoRA")
-@each([tiny for tiny in FIRST if tiny.doubles and tiny.family not in WITHOUT_ADAPTERS])
+@each_run([tiny for tiny in FIRST if tiny.doubles and tiny.family not in WITHOUT_ADAPTERS])
 def test_adapters(tiny, method, config, evidence):
     """Loaded before and after, fused and unfused, against the model whose weights hold the adapter's product."""
     merged = add_lora(tiny.build(), tiny)
@@ -105,7 +105,7 @@ NOT_ON_META = ("hunyuan_dit",)
 
 
 @pytest.mark.check("offload")
-@each([tiny for tiny in FIRST if tiny.family not in NOT_ON_META])
+@each_run([tiny for tiny in FIRST if tiny.family not in NOT_ON_META])
 def test_offloaded_weights(tiny, method, config, tmp_path, evidence):
     """Weights on the meta device or on disk between the calls of their modules; switched on before and after."""
     wanted, report = accelerated(tiny.build(), tiny.call(), method, config)
@@ -136,8 +136,8 @@ def test_offloaded_weights(tiny, method, config, tmp_path, evidence):
 def outputs_of(transformer, inputs):
     """Tensors of all outputs, samples first."""
     with torch.no_grad():
-        found = transformer(**inputs, return_dict=False)
-    flat, pending = [], [found]
+        outputs = transformer(**inputs, return_dict=False)
+    flat, pending = [], [outputs]
     while pending:
         value = pending.pop(0)
         flat += [value] if isinstance(value, torch.Tensor) else []
@@ -159,7 +159,7 @@ def sample_of(inputs, index):
 
 
 @pytest.mark.check("CFG")
-@each([tiny for tiny in FIRST if tiny.doubles])  # the others leave nothing to derive a tolerance from
+@each_run([tiny for tiny in FIRST if tiny.doubles])  # the others leave nothing to derive a tolerance from
 def test_guidance_in_a_batch_equals_guidance_in_turn(tiny, method, config, evidence):
     """Two samples with texts of different length at once, and one after the other, all counted in the report."""
     with dit_accel.accelerated(tiny.shared, method, **config) as accel:

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from accelerated_runs import FIRST, UNTUNED, each, in_turn, train
+from accelerated_runs import FIRST, UNTUNED, each_run, in_turn, train
 from masked_reference import assert_no_worse, listed_pairs, plain_and_exact, static_pairs
 from method_settings import in_models
 from tiny_models import all_models, run
@@ -96,12 +96,12 @@ def test_dense_is_the_models_own_code(tiny):
 def test_equals_masked_attention(tiny, method, config, whole, evidence):
     """At the expected grid; with sparse calls only, partial blocks and a density under 0.9."""
     with dit_accel.accelerated(tiny.shared, method, **config) as accel:
-        ours = run(tiny.shared, tiny.call())
+        sparse = run(tiny.shared, tiny.call())
     report, plan = accel.report(), dit_accel.plan(method, tiny.grid, **config)
     visual = dit_accel.plan(method, dataclasses.replace(tiny.grid, text=0, conditioning=0), **config)
     family = get_families()[tiny.family]
     plans = {layer.name: plan if family.sees_text(layer.name) else visual for layer in report.layers}
-    assert report.grids == {str(own.grid): own.density for own in plans.values()}
+    assert report.grids == {str(its_plan.grid): its_plan.density for its_plan in plans.values()}
     assert report.dense_calls == 0
     assert all(layer.sparse_calls == 1 and layer.density == plans[layer.name].density < 0.9 for layer in report.layers)
     if not whole:
@@ -109,8 +109,8 @@ def test_equals_masked_attention(tiny, method, config, whole, evidence):
         evidence(report)
 
     plain, exact = plain_and_exact(tiny, static_pairs(plan.token_mask(), tiny.rows, visual.token_mask()))
-    assert_no_worse(ours, plain, exact, tiny.coarsest)
-    assert (ours - tiny.dense).abs().max() > 100 * (ours - plain).abs().max(), "the mask makes no difference here"
+    assert_no_worse(sparse, plain, exact, tiny.coarsest)
+    assert (sparse - tiny.dense).abs().max() > 100 * (sparse - plain).abs().max(), "the mask makes no difference here"
 
 
 @pytest.mark.check("exact")
@@ -120,12 +120,12 @@ def test_equals_masked_attention(tiny, method, config, whole, evidence):
 )
 def test_untrained_routed_methods_equal_masked_attention_on_their_lists(tiny, method, config, evidence):
     with dit_accel.accelerated(tiny.shared, method, **config) as accel:
-        ours = run(tiny.shared, tiny.call())
+        sparse = run(tiny.shared, tiny.call())
     assert {layer.sparse_calls for layer in accel.report().layers} == {1}
     evidence(accel.report())
     plain, exact = plain_and_exact(tiny, listed_pairs(method, tiny.grid, config, tiny.rows))
-    assert_no_worse(ours, plain, exact, tiny.coarsest)
-    assert (ours - tiny.dense).abs().max() > 100 * (ours - plain).abs().max(), "the routing makes no difference here"
+    assert_no_worse(sparse, plain, exact, tiny.coarsest)
+    assert (sparse - tiny.dense).abs().max() > 100 * (sparse - plain).abs().max(), "the routing changes nothing here"
 
 
 def every_definition():
@@ -145,7 +145,7 @@ def test_methods_that_are_more_than_a_mask_equal_their_definition(tiny, method, 
         return attend(plan, q.double(), k.double(), v.double(), call).to(q.dtype)
 
     with dit_accel.accelerated(tiny.shared, method, **config) as accel:
-        ours = run(tiny.shared, tiny.call())
+        sparse = run(tiny.shared, tiny.call())
     evidence(accel.report())
     with dit_accel.accelerated(tiny.shared, method, impl="reference", **config):
         plain = run(tiny.shared, tiny.call())
@@ -153,18 +153,18 @@ def test_methods_that_are_more_than_a_mask_equal_their_definition(tiny, method, 
         monkeypatch.setattr(RoutedPlan, "run", in_double)
     with dit_accel.accelerated(tiny.shared_double, method, impl="reference", **config):
         exact = run(tiny.shared_double, tiny.double_call())
-    assert_no_worse(ours, plain, exact, tiny.coarsest)
-    assert (ours - tiny.dense).abs().max() > 100 * (ours - plain).abs().max(), "it makes no difference here"
+    assert_no_worse(sparse, plain, exact, tiny.coarsest)
+    assert (sparse - tiny.dense).abs().max() > 100 * (sparse - plain).abs().max(), "it makes no difference here"
 
 
 @pytest.mark.check("keeping every pair equals dense")
 @pytest.mark.parametrize(("tiny", "method", "config"), in_turn(every_pair(), lambda tiny, method, config: method))
 def test_keeping_every_pair_equals_dense(tiny, method, config):
     with dit_accel.accelerated(tiny.shared, method, **config) as accel:
-        ours = run(tiny.shared, tiny.call())
+        sparse = run(tiny.shared, tiny.call())
     assert {layer.density for layer in accel.report().layers} == {1.0}
     _, exact = plain_and_exact(tiny, lambda q, k, v: torch.ones(1, 1, dtype=torch.bool))
-    assert_no_worse(ours, tiny.dense, exact, tiny.coarsest)
+    assert_no_worse(sparse, tiny.dense, exact, tiny.coarsest)
 
 
 @pytest.mark.check("removable")
@@ -191,18 +191,18 @@ def test_remove_restores_everything(tiny, method, config, evidence):
 def test_other_attention_is_untouched(tiny):
     """Cross-attention, refiners and audio keep their own processors: each module's is as before or one of ours."""
     before = {name: getattr(module, "processor", None) for name, module in tiny.shared.named_modules()}
-    own = {name for name, _ in get_families()[tiny.family].attentions(tiny.shared)}
+    visual = {name for name, _ in get_families()[tiny.family].attentions(tiny.shared)}
     with dit_accel.accelerated(tiny.shared, "gna", window=1):
         changed = {
             name
             for name, module in tiny.shared.named_modules()
             if getattr(module, "processor", None) is not before[name]
         }
-    assert changed == own
+    assert changed == visual
 
 
 @pytest.mark.check("compile")
-@each([tiny for tiny in FIRST if tiny.compiles != "no"])
+@each_run([tiny for tiny in FIRST if tiny.compiles != "no"])
 def test_compiles_as_one_graph(tiny, method, config, evidence):
     """Or, block by block, as the graphs that the untouched model has: refiners of the same class have their own."""
     transformer = tiny.build()

@@ -47,8 +47,8 @@ def runs():
     chosen, seen = {}, set()
     for tiny in filter(can_be_shared, all_models()):
         methods = [method for method, _ in settings(tiny)]
-        chosen[str(tiny)] = [each for each in methods if (tiny.family, each) not in seen] or methods[:1]
-        seen |= {(tiny.family, each) for each in methods}
+        chosen[str(tiny)] = [method for method in methods if (tiny.family, method) not in seen] or methods[:1]
+        seen |= {(tiny.family, method) for method in methods}
     return chosen
 
 
@@ -75,12 +75,13 @@ def results_of(ranks, folder, ends):
     """What each of so many processes found, by case; how they end, the last one killed by a signal or not."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "diffusers", "diffusers.models.transformers.transformer_wan"])
-    given = [
+    worker_globals = [
         {"FOLDER": str(folder), "RANK": rank, "RANKS": ranks, "RUNS": runs(), "DIFFUSERS": DIFFUSERS}
         for rank in range(ranks)
     ]
     processes = [
-        context.Process(target=runpy.run_path, args=(str(WORKER),), kwargs={"init_globals": names}) for names in given
+        context.Process(target=runpy.run_path, args=(str(WORKER),), kwargs={"init_globals": names})
+        for names in worker_globals
     ]
     for process in processes:
         process.start()
@@ -97,8 +98,8 @@ def results_of(ranks, folder, ends):
 
 def assert_equal_to_one_process(results):
     """Every case within the error of one process against fp64, which is small, so that nothing can hide in it."""
-    for found in results:
-        for case, result in found.items():
+    for of_process in results:
+        for case, result in of_process.items():
             if "identical" in result:
                 assert result["identical"], case
                 continue
@@ -107,7 +108,7 @@ def assert_equal_to_one_process(results):
 
 def assert_heads_move(results):
     """Every layer's second call gives heads to other processes, alike in all of them."""
-    orders = [found["balanced heads"]["orders"] for found in results]
+    orders = [of_process["balanced heads"]["orders"] for of_process in results]
     assert orders[0] and orders == orders[:1] * len(orders)
     assert any(order != sorted(order) for order in orders[0])
 
@@ -125,16 +126,16 @@ def test_two_processes(tmp_path, evidence):
     results = results_of(2, tmp_path, [0, -signal.SIGKILL])
     assert_equal_to_one_process(results)
     assert_heads_move(results)
-    for found in results:
+    for of_process in results:
         for name, methods in runs().items():
             for method in methods:
-                evidence(report_of(found[f"{name}/{method}"]))
-        assert {f"Diffusers/{name}/dense" for name in DIFFUSERS} <= found.keys()
-        assert {"odd heads/gna", "gradients of ours", "dense step of ours", "compiled ours"} <= found.keys()
+                evidence(report_of(of_process[f"{name}/{method}"]))
+        assert {f"Diffusers/{name}/dense" for name in DIFFUSERS} <= of_process.keys()
+        assert {"odd heads/gna", "gradients of ours", "dense step of ours", "compiled ours"} <= of_process.keys()
         assert {"ring 2/cogvideox:1.0/traffic of tile", "ring/gradients", "ring/cached", "ring/refused sparge"} <= set(
-            found
+            of_process
         )
-        assert {"skipped/wan:t2v/first-block:threshold=0.05", "calibration"} <= found.keys()
+        assert {"skipped/wan:t2v/first-block:threshold=0.05", "calibration"} <= of_process.keys()
     outlived = json.loads((tmp_path / "outlived.json").read_text())
     assert outlived["after"] < 60 and len(outlived["said"].splitlines()) == 1
 
@@ -145,7 +146,7 @@ def test_four_processes(tmp_path):
     assert_heads_move(results)
     cases = {"ring 4/hunyuan_video:t2v/traffic of gna", "ring 2/wan:t2v/gna/dense layer", "ring/gradients"}
     cases |= {"odd heads/gna", "joint/gna", "joint/sla", "gradients of ours", "hunyuan_video:i2v/sla"}
-    assert all(cases <= found.keys() for found in results)
+    assert all(cases <= of_process.keys() for of_process in results)
 
 
 def refusal(transformer, call=None, **config):

@@ -121,8 +121,8 @@ def test_ids_are_read_once_while_they_stay_the_same(tiny_flux, flux_inputs, monk
 
 
 def test_self_attention_is_found_in_the_order_it_runs(tiny_wan, tiny_flux):
-    found = [name for name, _ in WAN.attentions(tiny_wan(12))]
-    assert found == [f"blocks.{index}.attn1" for index in range(12)]
+    layers = [name for name, _ in WAN.attentions(tiny_wan(12))]
+    assert layers == [f"blocks.{index}.attn1" for index in range(12)]
     assert [name for name, _ in FLUX.attentions(tiny_flux())] == [
         "transformer_blocks.0.attn",
         "transformer_blocks.1.attn",

@@ -46,7 +46,9 @@ def unhook(transformer):
 
 
 def each_mode():
-    return pytest.mark.parametrize(("name", "mode"), [(name, mode) for mode, own in WORKING.items() for name in own])
+    return pytest.mark.parametrize(
+        ("name", "mode"), [(name, mode) for mode, names in WORKING.items() for name in names]
+    )
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -98,12 +100,12 @@ def test_skipped_scores_are_the_same_under_every_mask(name):
 def predictions(guider, transformer, call):
     """The predictions of one step, prepared and cleaned up as a modular pipeline does."""
     guider.set_state(step=1, num_inference_steps=4, timestep=torch.tensor(500))
-    found = []
+    outputs = []
     for _ in range(guider.num_conditions):
         guider.prepare_models(transformer)
-        found.append(run(transformer, call))
+        outputs.append(run(transformer, call))
         guider.cleanup_models(transformer)
-    return found
+    return outputs
 
 
 def config(name, mode):
@@ -138,8 +140,8 @@ def test_guiders_predict_as_with_dense_attention(name, kind):
     wanted = predictions(guider, transformer, tiny.call())
     assert max((one - wanted[0]).abs().max() for one in wanted[1:]) > 0.05
     with dit_accel.accelerated(transformer, "gna", window="full"):
-        for ours, dense in zip(predictions(guider, transformer, tiny.call()), wanted, strict=True):
-            torch.testing.assert_close(ours, dense, **CLOSE)
+        for sparse, dense in zip(predictions(guider, transformer, tiny.call()), wanted, strict=True):
+            torch.testing.assert_close(sparse, dense, **CLOSE)
 
 
 @pytest.mark.parametrize("name", STACKS)
@@ -185,7 +187,7 @@ def test_a_function_mode_may_pass_the_call_on():
         wanted = run(tiny.shared, tiny.call())
     dense_calls = mode.calls
     with dit_accel.accelerated(tiny.shared, "gna", window="full") as accel, Scaling(0.5) as mode:
-        ours = run(tiny.shared, tiny.call())
+        sparse = run(tiny.shared, tiny.call())
     assert mode.calls == dense_calls
     assert accel.report().dense_calls == 0
-    torch.testing.assert_close(ours, wanted, **CLOSE)
+    torch.testing.assert_close(sparse, wanted, **CLOSE)

@@ -27,10 +27,10 @@ def layout(tiny, **changes):
 
 @pytest.mark.parametrize("tiny", [tiny for tiny in tiny_models.all_models() if not tiny.video], ids=str)
 def test_grid_lengths_and_rows_are_read_from_the_call(tiny):
-    found = layout(tiny)
-    assert found.grid == tiny.grid
-    assert (None if found.text_lens is None else tuple(found.text_lens.tolist())) == tiny.text_lens
-    assert found.rows is None if tiny.rows is None else torch.equal(found.rows, tiny.rows)
+    call_layout = layout(tiny)
+    assert call_layout.grid == tiny.grid
+    assert (None if call_layout.text_lens is None else tuple(call_layout.text_lens.tolist())) == tiny.text_lens
+    assert call_layout.rows is None if tiny.rows is None else torch.equal(call_layout.rows, tiny.rows)
 
 
 def latents(*shape):
@@ -74,16 +74,16 @@ def test_what_cannot_work_is_refused_before_any_attention(family, id, changes, m
 def test_layered_images_count_as_frames_and_others_as_conditioning():
     qwen = tiny_models.get("qwen_image", "t2i")
     shapes = [[(1, 5, 7), (2, 5, 7), (1, 4, 7), (1, 5, 7)]] * 2
-    found = layout(qwen, img_shapes=shapes, hidden_states=latents(35 + 70 + 28 + 35, 8))
-    assert found.grid == TokenGrid(3, 5, 7, text=13, text_first=True, conditioning=63)
-    assert "63 tokens" in found.notes[0]
+    call_layout = layout(qwen, img_shapes=shapes, hidden_states=latents(35 + 70 + 28 + 35, 8))
+    assert call_layout.grid == TokenGrid(3, 5, 7, text=13, text_first=True, conditioning=63)
+    assert "63 tokens" in call_layout.notes[0]
 
 
 def test_packed_hidream_images_have_their_stated_size():
     hidream = tiny_models.get("hidream", "wide")
     packed = {"hidden_states": latents(169, 16), "hidden_states_masks": latents(169)}
-    found = layout(hidream, **packed, img_sizes=torch.tensor([[9, 13], [9, 13]]))
-    assert found.grid == hidream.grid
+    call_layout = layout(hidream, **packed, img_sizes=torch.tensor([[9, 13], [9, 13]]))
+    assert call_layout.grid == hidream.grid
     with pytest.raises(dit_accel.DitAccelError, match=names("size")):
         layout(hidream, **packed, img_sizes=[(9, 13), (13, 9)])
 
@@ -117,9 +117,9 @@ def test_chroma_makes_no_mask_of_all_pairs_where_every_layer_is_sparse(dense_lay
     with dit_accel.accelerated(chroma.shared, "gna", window=(1, 5, 4), dense_layers=dense_layers):
         run(chroma.shared, chroma.call())
         with Squares(chroma.grid.tokens) as squares:
-            ours = run(chroma.shared, chroma.call())
+            sparse = run(chroma.shared, chroma.call())
     assert (squares.made > 0) == bool(dense_layers)
-    assert torch.equal(run(chroma.shared, chroma.call()), chroma.dense) and not torch.equal(ours, chroma.dense)
+    assert torch.equal(run(chroma.shared, chroma.call()), chroma.dense) and not torch.equal(sparse, chroma.dense)
 
 
 def test_dense_layers_of_chroma_keep_its_mask():
@@ -183,17 +183,17 @@ def test_masks_of_any_pattern(family, id, name):
     """With valid text behind masked text; CogView4 and Chroma weigh it, Qwen-Image masks it."""
     masked = text_mask((13, 6), 13, 2)
     masked[:, 2:4] = 0
-    own = tiny_models.get(family, id)
+    unmasked = tiny_models.get(family, id)
     if id == "chroma-stock":
-        masked = torch.cat((masked.float(), torch.ones(2, own.grid.visual)), 1)
-    tiny = dataclasses.replace(own, inputs=lambda batch: own.inputs(batch) | {name: masked})
+        masked = torch.cat((masked.float(), torch.ones(2, unmasked.grid.visual)), 1)
+    tiny = dataclasses.replace(unmasked, inputs=lambda batch: unmasked.inputs(batch) | {name: masked})
     config = {"window": (1, 5, 4)}
     with dit_accel.accelerated(tiny.shared, "gna", **config):
-        ours = run(tiny.shared, tiny.call())
+        sparse = run(tiny.shared, tiny.call())
     plain, exact = plain_and_exact(tiny, static_pairs(dit_accel.plan("gna", tiny.grid, **config).token_mask()))
-    assert_no_worse(ours, plain, exact)
+    assert_no_worse(sparse, plain, exact)
     with dit_accel.accelerated(tiny.shared, "gna", **config):
-        assert (run(tiny.shared, own.call()) - plain).abs().max() > 100 * (ours - plain).abs().max()
+        assert (run(tiny.shared, unmasked.call()) - plain).abs().max() > 100 * (sparse - plain).abs().max()
 
 
 def test_attention_of_the_image_alone_has_the_grid_without_text():

@@ -65,13 +65,13 @@ def test_every_case_has_a_setting_that_its_length_and_steps_allow(family):
 
 
 def test_every_row_is_what_some_case_takes():
-    taken = {
+    chosen = {
         (row.level, row.setting, row.models)
         for family in get_families()
         for case, level in itertools.product(cases(family), LEVELS)
         for row in [choose(level, case)]
     }
-    assert {(row.level, row.setting, row.models) for row in ROWS} <= taken
+    assert {(row.level, row.setting, row.models) for row in ROWS} <= chosen
 
 
 @pytest.mark.parametrize("text", sorted({row.setting for row in ROWS}))

@@ -18,25 +18,25 @@ over_models = pytest.mark.parametrize("tiny", MODELS, ids=str)
 def test_strided_and_causal_windows_equal_masked_attention(tiny):
     config = {"window": 0.5, "stride": 2, "causal": (True, False, False)}
     with dit_accel.accelerated(tiny.shared, "gna", **config) as accel:
-        ours = run(tiny.shared, tiny.call())
+        sparse = run(tiny.shared, tiny.call())
     plan = dit_accel.plan("gna", tiny.grid, **config)
     assert accel.report().grids == {str(tiny.grid): plan.density} and plan.density < 0.9
     assert plan.pairs == int(plan.token_mask().sum())
-    assert_no_worse(ours, *plain_and_exact(tiny, static_pairs(plan.token_mask())))
+    assert_no_worse(sparse, *plain_and_exact(tiny, static_pairs(plan.token_mask())))
 
 
 @over_models
 def test_untrained_sla_in_tiles_equals_masked_attention_on_its_critical_blocks(tiny):
     config = {"topk": 0.35, "block": 16, "order": "tile"}
     with dit_accel.accelerated(tiny.shared, "sla", **config):
-        ours = run(tiny.shared, tiny.call())
+        sparse = run(tiny.shared, tiny.call())
     masks = []
 
     def record(q, k, v):
         masks.append(listed_pairs("sla", tiny.grid, config)(q, k, v))
         return masks[-1]
 
-    assert_no_worse(ours, *plain_and_exact(tiny, record))
+    assert_no_worse(sparse, *plain_and_exact(tiny, record))
     assert any(not torch.equal(mask[0], mask[1]) for mask in masks), "the two samples should route differently"
 
 
@@ -45,9 +45,9 @@ def test_untrained_sla_in_tiles_equals_masked_attention_on_its_critical_blocks(t
 def test_keeping_every_pair_equals_dense_in_the_reference_too(tiny, config):
     method, settings = config
     with dit_accel.accelerated(tiny.shared, method, impl="reference", **settings) as accel:
-        ours = run(tiny.shared, tiny.call())
+        sparse = run(tiny.shared, tiny.call())
     assert {tuple(layer.kernels) for layer in accel.report().layers} == {("reference",)}
-    assert_no_worse(ours, tiny.dense, run(tiny.shared_double, tiny.call(dtype=torch.float64)))
+    assert_no_worse(sparse, tiny.dense, run(tiny.shared_double, tiny.call(dtype=torch.float64)))
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,9 @@ def test_dense_steps_and_layers_are_the_models_own_code(tiny, setting):
 def test_half_precision_stays_in_its_dtype(dtype):
     transformer, inputs = WAN.build().to(dtype), WAN.call(dtype=dtype)
     with dit_accel.accelerated(transformer, "gna", window=(3, 5, 4)) as accel:
-        ours = run(transformer, inputs)
-    assert ours.dtype == dtype and accel.report().sparse_calls == 2
+        sparse = run(transformer, inputs)
+    assert sparse.dtype == dtype and accel.report().sparse_calls == 2
     pairs = static_pairs(dit_accel.plan("gna", WAN.grid, window=(3, 5, 4)).token_mask())
     with MaskedAttention(WAN, pairs):
         plain, exact = run(transformer, inputs), run(WAN.shared_double, WAN.call(dtype=torch.float64))
-    assert_no_worse(ours, plain, exact)
+    assert_no_worse(sparse, plain, exact)

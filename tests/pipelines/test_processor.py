@@ -41,15 +41,15 @@ def sparse_state(tokens, text_lens=None):
 
 @pytest.mark.parametrize("kind", [WanAttnProcessor, FluxAttnProcessor, AttnProcessor2_0])
 def test_the_signature_is_the_models(kind):
-    ours = wrap_processor(kind(), CallState())
-    assert inspect.signature(ours.__call__) == inspect.signature(kind().__call__)
+    wrapped = wrap_processor(kind(), CallState())
+    assert inspect.signature(wrapped.__call__) == inspect.signature(kind().__call__)
 
 
 def test_each_class_has_one_rebuilt_module_for_good():
     first, second = (wrap_processor(WanAttnProcessor(), CallState()) for _ in range(2))
     assert type(first) is type(second)
-    own = f"dit_accel._rebuilt.{WanAttnProcessor.__module__}.WanAttnProcessor."
-    rebuilt = [name for name in sys.modules if name.startswith(own)]
+    prefix = f"dit_accel._rebuilt.{WanAttnProcessor.__module__}.WanAttnProcessor."
+    rebuilt = [name for name in sys.modules if name.startswith(prefix)]
     assert len(rebuilt) == 1
     assert not any(isinstance(value, CallState) for value in vars(sys.modules[rebuilt[0]]).values())
 
@@ -90,8 +90,8 @@ def test_other_attention_in_the_same_module_stays_dense():
             return F.scaled_dot_product_attention(hidden_states, hidden_states, hidden_states), prompt
 
     hidden = torch.randn(1, 2, 6, 4)
-    own, prompt = wrap_processor(TwoCalls(), sparse_state(6))(nn.Module(), hidden)
-    assert torch.equal(own, hidden.mean(2, keepdim=True).expand_as(hidden))
+    attended, prompt = wrap_processor(TwoCalls(), sparse_state(6))(nn.Module(), hidden)
+    assert torch.equal(attended, hidden.mean(2, keepdim=True).expand_as(hidden))
     assert torch.equal(prompt, TwoCalls()(None, hidden)[1])
 
 
@@ -183,8 +183,8 @@ def test_what_cannot_be_rebuilt_is_refused():
 
 def test_back_end_and_parallel_settings_reach_the_model():
     inner = WanAttnProcessor()
-    ours = wrap_processor(inner, CallState())
-    ours._attention_backend, ours._parallel_config = "native", "config"
+    wrapped = wrap_processor(inner, CallState())
+    wrapped._attention_backend, wrapped._parallel_config = "native", "config"
     assert (inner._attention_backend, inner._parallel_config) == ("native", "config")
     bare = wrap_processor(AttnProcessor2_0(), CallState())
     assert not hasattr(bare, "_attention_backend")

@@ -39,9 +39,9 @@ class Processor:
 
 
 def state(impl, rows, lens):
-    made = CallState(impl)
-    made.set(dit_accel.plan("gna", GRID, **CONFIG), lens, rows=rows)
-    return made
+    call_state = CallState(impl)
+    call_state.set(dit_accel.plan("gna", GRID, **CONFIG), lens, rows=rows)
+    return call_state
 
 
 def samples(valid):
@@ -75,15 +75,15 @@ def test_packed_samples_are_as_if_alone(impl):
         packed[:, index, :, :n] = part
         packed[3, index, :, n:] = 0  # nobody asks for the output of padding
     qkv = packed[:3].to(device).requires_grad_()
-    ours = wrap_processor(Processor(), state(impl, pack(GRID, LENS).to(device), LENS.to(device)))(nn.Module(), qkv)
-    (grads,) = torch.autograd.grad(ours, qkv, packed[3].to(device))
-    results = torch.cat((ours[None], grads)).detach().cpu()
+    output = wrap_processor(Processor(), state(impl, pack(GRID, LENS).to(device), LENS.to(device)))(nn.Module(), qkv)
+    (grads,) = torch.autograd.grad(output, qkv, packed[3].to(device))
+    results = torch.cat((output[None], grads)).detach().cpu()
     for index, (part, n) in enumerate(zip(parts, counted, strict=True)):
         exact, magnitudes = alone(part, n - GRID.visual, torch.float64)
         plain, _ = alone(part, n - GRID.visual, torch.float32)
         for place, name in enumerate(("out", "dq", "dk", "dv")):
-            got = results[place, index]
-            assert_accurate(f"{name}[{index}]", got[:, :n], plain[name], exact[name], magnitudes.get(name))
+            result = results[place, index]
+            assert_accurate(f"{name}[{index}]", result[:, :n], plain[name], exact[name], magnitudes.get(name))
         assert not results[1:, index, :, n:].any(), "padding has no gradient"
 
 
@@ -114,20 +114,20 @@ def test_padding_that_is_weighed_and_not_masked(method, config, impl):
     valid = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [1, 0, 0, 0, 0, 0]]).float()
     call = ModelInputs(inspect.signature(lambda self, mask: None), nn.Module(), (valid,), {}, Memory())
     layout = bias_text(call, GRID, valid)
-    made, plan = CallState(impl), dit_accel.plan(method, GRID, **config)
-    made.set(plan, *(x.to(device) for x in (layout.text_lens, layout.text_bias, layout.rows)))
+    call_state, plan = CallState(impl), dit_accel.plan(method, GRID, **config)
+    call_state.set(plan, *(x.to(device) for x in (layout.text_lens, layout.text_bias, layout.rows)))
     torch.manual_seed(2)
     tensors = torch.randn(4, 3, HEADS, GRID.tokens, DIM)
     qkv = tensors[:3].to(device).requires_grad_()
-    ours = wrap_processor(Processor(), made)(nn.Module(), qkv)
-    (grads,) = torch.autograd.grad(ours, qkv, tensors[3].to(device))
+    output = wrap_processor(Processor(), call_state)(nn.Module(), qkv)
+    (grads,) = torch.autograd.grad(output, qkv, tensors[3].to(device))
     mask = plan.token_mask() if method == "gna" else torch.ones(GRID.tokens, GRID.tokens, dtype=torch.bool)
     every = torch.cat((valid, torch.ones(3, GRID.visual)), 1)
     added = (every[:, :, None] * every[:, None, :])[:, None]
     exact, magnitudes = weighed(tensors, mask, added, torch.float64)
     plain, _ = weighed(tensors, mask, added, torch.float32)
-    for got, name in zip((ours, *grads), ("out", "dq", "dk", "dv"), strict=True):
-        assert_accurate(name, got.detach().cpu(), plain[name], exact[name], magnitudes.get(name))
+    for result, name in zip((output, *grads), ("out", "dq", "dk", "dv"), strict=True):
+        assert_accurate(name, result.detach().cpu(), plain[name], exact[name], magnitudes.get(name))
 
 
 def test_text_masked_in_any_pattern_is_never_a_key():
@@ -137,10 +137,10 @@ def test_text_masked_in_any_pattern_is_never_a_key():
     assert layout.text_lens.tolist() == [4, 2, 1]
     torch.manual_seed(1)
     qkv = torch.randn(3, 3, HEADS, GRID.tokens, DIM)
-    ours = wrap_processor(Processor(), state("reference", layout.rows, layout.text_lens))(nn.Module(), qkv)
+    output = wrap_processor(Processor(), state("reference", layout.rows, layout.text_lens))(nn.Module(), qkv)
     mask = dit_accel.plan("gna", GRID, **CONFIG).token_mask()
     keys = torch.cat((valid.bool(), torch.ones(3, GRID.visual, dtype=torch.bool)), 1)
     mask = mask & keys[:, None, None, :]
     exact, _ = plain_attention(*qkv.double(), mask, SCALE)
     plain, _ = plain_attention(*qkv, mask, SCALE)
-    assert_accurate("out", ours, plain, exact)
+    assert_accurate("out", output, plain, exact)

@@ -186,10 +186,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "transformer", "vae", "asked", "grid"), CASES, ids=[case[0] for case in CASES])
-def test_grid_of_a_published_model(name, transformer, vae, asked, grid):
+@pytest.mark.parametrize(("name", "transformer", "vae", "size", "grid"), CASES, ids=[case[0] for case in CASES])
+def test_grid_of_a_published_model(name, transformer, vae, size, grid):
     sizes = family_of([name]).sizes(transformer, vae)
-    assert sizes.grid(*sizes.chosen(*(asked or (None, None, None)))) == grid
+    assert sizes.grid(*sizes.chosen(*(size or (None, None, None)))) == grid
     assert sizes.video == (grid.frames > 1)
 
 

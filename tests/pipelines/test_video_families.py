@@ -37,9 +37,9 @@ def refused(tiny, match, **changes):
 
 @pytest.mark.parametrize("tiny", [tiny for tiny in tiny_models.all_models() if tiny.video], ids=str)
 def test_grid_and_text_lengths_are_read_from_the_call(tiny):
-    found = layout(tiny)
-    assert found.grid == tiny.grid
-    assert (None if found.text_lens is None else tuple(found.text_lens.tolist())) == tiny.text_lens
+    call_layout = layout(tiny)
+    assert call_layout.grid == tiny.grid
+    assert (None if call_layout.text_lens is None else tuple(call_layout.text_lens.tolist())) == tiny.text_lens
 
 
 def test_hunyuan_counts_valid_text_wherever_its_mask_has_it():
@@ -101,9 +101,9 @@ def test_minimax_h3_without_sound_keeps_conditions_dense():
     tiny = tiny_models.get("minimax_h3", "t2va")
     places, _, _, sound, *_ = tiny_models.module("minimax_h3").layout(("first",))
     before, after = places[: sound[0]], places[sound[-1] + 1 :]
-    found = layout(tiny, position_ids=torch.cat((before, after)), video_indices=torch.arange(7, 7 + 6 * 63))
-    assert found.grid == TokenGrid(5, 7, 9, text=7 + 63, text_first=True)
-    assert found.notes == ("70 tokens of text, conditions and sound are dense both ways",)
+    call_layout = layout(tiny, position_ids=torch.cat((before, after)), video_indices=torch.arange(7, 7 + 6 * 63))
+    assert call_layout.grid == TokenGrid(5, 7, 9, text=7 + 63, text_first=True)
+    assert call_layout.notes == ("70 tokens of text, conditions and sound are dense both ways",)
 
 
 def test_minimax_h3_that_does_not_end_with_a_video_is_refused():
@@ -135,12 +135,12 @@ def test_diffusion_forcing_with_one_frame_a_block(config):
     wanted = run(tiny.shared, call)
     assert (wanted - tiny.dense).abs().max() > 1e-3
     with dit_accel.accelerated(tiny.shared, "gna", **config) as accel:
-        ours = run(tiny.shared, call)
+        sparse = run(tiny.shared, call)
         assert {layer.sparse_calls for layer in accel.report().layers} == {1}
     if config["window"] == "full":
-        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sparse, wanted, rtol=1e-4, atol=1e-4)
     else:
-        assert (ours - wanted).abs().max() > 1e-3
+        assert (sparse - wanted).abs().max() > 1e-3
 
 
 def test_forcing_counts_steps_by_the_frame_furthest_behind():
@@ -179,15 +179,15 @@ def test_a_layer_whose_attention_the_model_skips_stays_skipped():
     tiny = tiny_models.get("ltx2", "2.3")
     inputs = tiny.call() | {"spatio_temporal_guidance_blocks": [1]}
     with dit_accel.accelerated(tiny.shared, "gna", window="full") as accel:
-        ours = run(tiny.shared, inputs)
-    torch.testing.assert_close(ours, run(tiny.shared, inputs))
+        sparse = run(tiny.shared, inputs)
+    torch.testing.assert_close(sparse, run(tiny.shared, inputs))
     assert [layer.sparse_calls for layer in accel.report().layers] == [1, 0]
 
 
 def test_vace_runs_its_control_blocks_first():
     tiny = tiny_models.get("wan", "vace")
-    found = [name for name, _ in get_families()["wan"].attentions(tiny.shared)]
-    assert found == ["vace_blocks.0.attn1", "blocks.0.attn1", "blocks.1.attn1"]
+    layers = [name for name, _ in get_families()["wan"].attentions(tiny.shared)]
+    assert layers == ["vace_blocks.0.attn1", "blocks.0.attn1", "blocks.1.attn1"]
 
 
 class LargestTensor(TorchDispatchMode):
@@ -213,10 +213,10 @@ def test_hunyuan_15_makes_no_mask_of_all_pairs(monkeypatch):
     assert stock.elements >= tokens**2
     monkeypatch.setattr(processor, "attend", lambda q, k, v: v)
     (attend,) = get_families()["hunyuan_video_15"].sparse_calls.values()
-    with LargestTensor() as ours:
-        own = attend(attn.processor, attn, video, text, mask)
-    assert ours.elements < tokens**2 / 4
-    assert [tuple(stream.shape) for stream in own] == [tuple(video.shape), tuple(text.shape)]
+    with LargestTensor() as sparse:
+        streams = attend(attn.processor, attn, video, text, mask)
+    assert sparse.elements < tokens**2 / 4
+    assert [tuple(stream.shape) for stream in streams] == [tuple(video.shape), tuple(text.shape)]
 
 
 class AttentionCalls(TorchFunctionMode):

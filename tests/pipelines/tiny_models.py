@@ -117,8 +117,8 @@ def numbers(seed: int = 1) -> Callable[..., torch.Tensor]:
 
 def text_mask(lengths: tuple[int, ...], tokens: int, batch: int) -> torch.Tensor:
     """Which text tokens are valid, int64 [batch, tokens], for samples of these lengths in turn."""
-    own = torch.tensor([lengths[sample % len(lengths)] for sample in range(batch)])
-    return (torch.arange(tokens) < own[:, None]).long()
+    counts = torch.tensor([lengths[sample % len(lengths)] for sample in range(batch)])
+    return (torch.arange(tokens) < counts[:, None]).long()
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:

@@ -44,8 +44,8 @@ def test_an_untrained_gate_ranks_by_means(case, impl):
     fresh = SparseLinearAttention(DIM, HEADS, score="learned", **config) if method == "sla" else BlockGate(DIM, HEADS)
     wanted = plan_of(method, config, "mean").route(q, k, impl=impl)
     for module in (fresh, None):
-        found = plan_of(method, config, "learned").route(q, k, impl=impl, module=module)
-        assert all(torch.equal(*pair) for pair in zip(found[:2], wanted[:2], strict=True))
+        lists = plan_of(method, config, "learned").route(q, k, impl=impl, module=module)
+        assert all(torch.equal(*pair) for pair in zip(lists[:2], wanted[:2], strict=True))
 
 
 def by_hand(plan, gate, q, k):
@@ -103,11 +103,11 @@ def test_the_target_and_the_gradients_equal_the_definition(case):
         loss = (target * (target / shares).log().nan_to_num(0)).sum() / shares[..., 0].numel()
         of_scores = DIM**-0.5 * (shares - target) / shares[..., 0].numel()
         sizes = DIM**-0.5 * (shares + target) / shares[..., 0].numel()
-        found = [torch.einsum("bhij,bhjf,hef,bhid->hed", of_scores, b, gate.keys.to(a), a)]
-        found.append(torch.einsum("bhij,bhid,hed,bhjf->hef", of_scores, a, gate.queries.to(a), b))
+        of_gate = [torch.einsum("bhij,bhjf,hef,bhid->hed", of_scores, b, gate.keys.to(a), a)]
+        of_gate.append(torch.einsum("bhij,bhid,hed,bhjf->hef", of_scores, a, gate.queries.to(a), b))
         size = [torch.einsum("bhij,bhjf,hef,bhid->hed", sizes, b.abs(), gate.keys.to(a).abs(), a.abs())]
         size.append(torch.einsum("bhij,bhid,hed,bhjf->hef", sizes, a.abs(), gate.queries.to(a).abs(), b.abs()))
-        return [target, loss, *found], size
+        return [target, loss, *of_gate], size
 
     call = ComputedAttention("", "", None, plan, q, k, v, v, text_lens=lens, module=module)
     gate.requires_grad_(True)
@@ -140,22 +140,22 @@ def test_the_gate_learns_which_blocks_matter_to_the_embedded_model():
         pipe(prompts, generator=torch.Generator().manual_seed(0), output_type="latent", **size)
         weights = [weight for gate in accel.learned_weights().values() for weight in gate.parameters()]
     learned, unseen = (
-        [own._replace(a=own.a[some], b=own.b[some], target=own.target[some]) for own in samples]
+        [sample._replace(a=sample.a[some], b=sample.b[some], target=sample.target[some]) for sample in samples]
         for some in (slice(4), slice(4, 6))
     )
 
     def recall():
-        found = []
-        for own in unseen:
-            queries, keys = own.gate(own.a, own.b)
-            best, chosen = (x.topk(2).indices for x in (own.target, queries @ keys.mT))
-            found.append(torch.zeros_like(own.target).scatter(-1, chosen, 1.0).gather(-1, best).mean().item())
-        return sum(found) / len(found)
+        recalls = []
+        for sample in unseen:
+            queries, keys = sample.gate(sample.a, sample.b)
+            best, chosen = (x.topk(2).indices for x in (sample.target, queries @ keys.mT))
+            recalls.append(torch.zeros_like(sample.target).scatter(-1, chosen, 1.0).gather(-1, best).mean().item())
+        return sum(recalls) / len(recalls)
 
     before = recall()
     optimizer = torch.optim.Adam([weight.requires_grad_(True) for weight in weights], lr=2e-3)
     for _ in range(10):
         optimizer.zero_grad()
-        torch.stack([divergence(own) for own in learned]).mean().backward()
+        torch.stack([divergence(sample) for sample in learned]).mean().backward()
         optimizer.step()
     assert recall() > before + 0.03, "three of a hundred true best blocks more"

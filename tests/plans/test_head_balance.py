@@ -13,9 +13,9 @@ WEIGHTS = st.lists(st.floats(0.01, 1), min_size=1, max_size=7)
 
 @given(WEIGHTS, st.integers(1, 4))
 def test_every_head_is_given_once_and_each_gpu_has_its_number(weights, gpus):
-    found, plain = by_weight(weights, gpus), in_order(len(weights), gpus)
-    assert sorted(itertools.chain(*found)) == list(itertools.chain(*plain)) == list(range(len(weights)))
-    assert [len(heads) for heads in found] == [len(heads) for heads in plain]
+    balanced, plain = by_weight(weights, gpus), in_order(len(weights), gpus)
+    assert sorted(itertools.chain(*balanced)) == list(itertools.chain(*plain)) == list(range(len(weights)))
+    assert [len(heads) for heads in balanced] == [len(heads) for heads in plain]
 
 
 @given(st.lists(st.floats(0.01, 1), min_size=6, max_size=6))

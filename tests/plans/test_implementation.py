@@ -50,7 +50,7 @@ def named_settings():
     files = (ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").rglob("*.md"))
     words = "\n".join(path.read_text(encoding="utf-8") for path in files)
     setting = rf"(?:{'|'.join(get_methods())}):[\w=.,+-]+"
-    typed = {found.rstrip(".,") for found in re.findall(rf"(?<![\w:/]){setting}", words)}
+    typed = {setting_text.rstrip(".,") for setting_text in re.findall(rf"(?<![\w:/]){setting}", words)}
     rest = {"sparge:score=error": "sparge:score=error,tail=mean", "gna:share=residual": "gna:share=residual,window=4"}
     texts |= {rest.get(text, text) for text in typed}  # a table names a part of a setting
     whole = [text for text in texts if all("=" in part for part in text.partition(":")[2].split(",") if part)]
@@ -180,11 +180,11 @@ def test_what_is_slow_is_said_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     plan = dit_accel.plan("sol", TokenGrid(8, 32, 32), block=100, tail="none")
     monkeypatch.setattr(plan, "build", lambda device: None)
-    with pytest.warns(DitAccelWarning) as told:
+    with pytest.warns(DitAccelWarning) as warned:
         assert plan.prepare(torch.device("cuda"), torch.bfloat16, 128)[0] == "portable"
-    said = [str(warning.message) for warning in told]
-    assert len(said) == 2 and all("sol" in each and "many times slower" in each for each in said)
-    assert "block_q=128, block=128 gluon_triton runs" in said[0]
+    messages = [str(warning.message) for warning in warned]
+    assert len(messages) == 2 and all("sol" in message and "many times slower" in message for message in messages)
+    assert "block_q=128, block=128 gluon_triton runs" in messages[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plan.prepare(torch.device("cuda"), torch.bfloat16, 128)

@@ -74,21 +74,21 @@ def test_classes_equal_brute_force(data):
     around = {"text": data.draw(st.integers(0, 9)), "conditioning": data.draw(st.integers(0, 5))}
     grid = TokenGrid(*mask.shape, text_first=data.draw(st.booleans()), **around)
     query_order, key_order = data.draw(orders(grid))
-    found = blocks.from_mask(mask, query_order, key_order)
+    block_mask = blocks.from_mask(mask, query_order, key_order)
 
     tokens = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
     visual = slice(grid.visual_start, grid.visual_start + grid.visual)
     tokens[visual, visual] = token_map(mask)
     some = in_blocks(tokens, query_order, key_order, False).any(3).any(1)
     every = in_blocks(tokens, query_order, key_order, True).all(3).all(1)
-    assert torch.equal(found.dense(), some)
-    assert found.visited == int(some.sum())
-    assert found.full == int((some & every).sum())
+    assert torch.equal(block_mask.dense(), some)
+    assert block_mask.visited == int(some.sum())
+    assert block_mask.full == int((some & every).sum())
     for row in range(query_order.blocks):
-        listed = found.kv_indices[row, : found.kv_counts[row]].tolist()
+        listed = block_mask.kv_indices[row, : block_mask.kv_counts[row]].tolist()
         assert listed == some[row].nonzero().flatten().tolist()
-        assert found.partial[row, : len(listed)].tolist() == (~every[row][some[row]]).tolist()
-        assert not found.partial[row, len(listed) :].any()
+        assert block_mask.partial[row, : len(listed)].tolist() == (~every[row][some[row]]).tolist()
+        assert not block_mask.partial[row, len(listed) :].any()
 
 
 def test_tiles_of_thousands_of_tokens_are_counted_exactly():

@@ -127,17 +127,17 @@ def test_attention_is_masked_softmax(method, config, impl):
     for sample, length in enumerate(text_lens.tolist()):
         mask[sample, :, :, grid.text_start + length : grid.text_start + grid.text] = False
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    found = dit_accel.attention(q, k, v, plan, text_lens=text_lens, impl=impl)
-    assert found.shape == q.shape
-    assert found.transpose(1, 2).is_contiguous()
+    output = dit_accel.attention(q, k, v, plan, text_lens=text_lens, impl=impl)
+    assert output.shape == q.shape
+    assert output.transpose(1, 2).is_contiguous()
     seed = torch.randn_like(expected)
-    for name, ours, exact in zip(
+    for name, result, exact in zip(
         ("output", "dq", "dk", "dv"),
-        (found, *torch.autograd.grad(found, (q, k, v), seed)),
+        (output, *torch.autograd.grad(output, (q, k, v), seed)),
         (expected, *torch.autograd.grad(expected, (q, k, v), seed)),
         strict=True,
     ):
-        torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(result, exact, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_attention_wants_the_grids_tokens():
@@ -155,8 +155,8 @@ def test_the_callers_default_device_and_inference_mode_do_not_matter(method, con
     with torch.device("meta"), torch.inference_mode():
         plan = dit_accel.plan(method, grid, **config)
         assert plan.prepare(torch.device("cpu"), torch.float32, 8)[0] == "portable"
-        found = plan.lists(torch.device("cpu"))
-    assert torch.equal(found.indices, wanted.indices) and not found.indices.is_inference()
+        lists = plan.lists(torch.device("cpu"))
+    assert torch.equal(lists.indices, wanted.indices) and not lists.indices.is_inference()
 
 
 @pytest.mark.parametrize(("method", "config"), [*STATIC[1:], ("dense", {}), ("sla", {"block": 16, "topk": 0.3})])

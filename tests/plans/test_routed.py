@@ -73,10 +73,10 @@ def test_forward_and_gradients_equal_masked_attention(grid, text_lens, impl):
     plan = dit_accel.plan("nearest", grid, **SETTINGS)
     lens = None if text_lens is None else torch.tensor(text_lens)
 
-    def ours(q, k, v):
+    def attend(q, k, v):
         return dit_accel.attention(q, k, v, plan, text_lens=lens, impl=impl)
 
-    assert_masked(ours, tensors, gradient, mask)
+    assert_masked(attend, tensors, gradient, mask)
 
 
 @pytest.mark.parametrize(("grid", "text_lens"), CASES.values(), ids=CASES)
@@ -122,9 +122,9 @@ def test_accelerates_a_model_and_reports_its_measured_density(tiny):
     with dit_accel.accelerated(tiny.shared, "nearest", **SETTINGS, verify="first-call") as accel:
         for step in (0, 1, 1):
             accel.set_step(step, 2)
-            ours = run(tiny.shared, tiny.call())
+            sparse = run(tiny.shared, tiny.call())
         report = accel.report()
-    assert_no_worse(ours, *plain_and_exact(tiny, record))
+    assert_no_worse(sparse, *plain_and_exact(tiny, record))
     for layer, mask in zip(report.layers, masks, strict=True):
         expected = mask.float().mean().item()
         assert layer.density == pytest.approx(expected, rel=1e-5) and layer.sparse_calls == 3

@@ -41,12 +41,12 @@ def test_counts_are_those_of_the_token_mask(method, config, parallel, gpus, degr
     owner = rank_of // ulysses
     visual = torch.arange(GRID.tokens) < GRID.visual
     transfers, work = 0, iter(several.work)
-    for mine in range(ring):
-        here = owner == mine
+    for place in range(ring):
+        here = owner == place
         # A visual query's pairs are its range's; a text query's are those of the range that holds the key.
         pairs = int(mask[here & visual].sum()) + int(mask[~visual][:, here].sum())
         fetched = sums = 0
-        for other in set(range(ring)) - {mine}:
+        for other in set(range(ring)) - {place}:
             there = owner == other
             read = bool(mask[here & visual][:, there & visual].any())
             transfers += read
@@ -55,10 +55,10 @@ def test_counts_are_those_of_the_token_mask(method, config, parallel, gpus, degr
             sums += int((here & ~visual).sum())
         tokens = int(here.sum())
         for index, share in enumerate(even_shares(heads, ulysses)):
-            gpu, held = next(work), int((rank_of == mine * ulysses + index).sum())
+            gpu, tokens_here = next(work), int((rank_of == place * ulysses + index).sum())
             assert gpu.pairs == pairs * share
             assert gpu.fetched == (fetched * dim + sums) * share
-            assert gpu.exchanged == (3 * held * (heads - share) + share * (tokens - held)) * dim
+            assert gpu.exchanged == (3 * tokens_here * (heads - share) + share * (tokens - tokens_here)) * dim
     assert several.fetches == transfers
     assert sum(gpu.pairs for gpu in several.work) == plan.pairs * heads
 

@@ -21,20 +21,20 @@ def dense(q, k, v):
 @pytest.mark.parametrize("share", ["residual", "output"])
 def test_steps_between_two_refreshes(share):
     """Steps 0 to 5 of 6, each refresh with new tensors: constant tensors give dense attention."""
-    plan, kept = dit_accel.plan("gna", GRID, **WINDOW, share=share, refresh=3), {}
+    plan, stored = dit_accel.plan("gna", GRID, **WINDOW, share=share, refresh=3), {}
     masked = dit_accel.plan("gna", GRID, **WINDOW)
     sums, densities = torch.zeros(2), []
     for step in range(6):
         if step % 3 == 0:
             q, k, v = torch.randn(3, 2, 3, GRID.tokens, 8)
-        memory = ListMemory(step, 0, step == 5, kept)
+        memory = ListMemory(step, 0, step == 5, stored)
         out, exact = plan.attend(q, k, v, memory=memory, density_sum=sums.zero_()), dense(q, k, v)
         residual = exact - masked.attend(q, k, v)
         # one rounding of the residual and one of the sum
         limit = torch.finfo(out.dtype).eps / 2 * (residual.abs() + exact.abs()) * 1.01
         assert ((out - exact).abs() <= (0 if step % 3 == 0 or share == "output" else limit)).all()
         densities.append(sums[0].item())
-        assert (not kept) if step == 5 else kept[0].result.nbytes == q.nbytes
+        assert (not stored) if step == 5 else stored[0].result.nbytes == q.nbytes
     part = masked.density if share == "residual" else 0
     assert densities == pytest.approx([1 + part, part, part] * 2)
 
@@ -43,10 +43,10 @@ def test_steps_between_two_refreshes(share):
 def test_another_shape_plan_or_branch_refreshes(share):
     plans = [dit_accel.plan("gna", GRID, **WINDOW, share=share, refresh=9) for _ in range(2)]
     q, k, v = torch.randn(3, 2, 3, GRID.tokens, 8)
-    kept = {}
+    stored = {}
 
     def is_dense(plan, step, number, *tensors):
-        return torch.equal(plan.attend(*tensors, memory=ListMemory(step, number, False, kept)), dense(*tensors))
+        return torch.equal(plan.attend(*tensors, memory=ListMemory(step, number, False, stored)), dense(*tensors))
 
     assert is_dense(plans[0], 0, 0, q, k, v)
     assert not is_dense(plans[0], 1, 0, k, q, v)  # shared
@@ -56,9 +56,9 @@ def test_another_shape_plan_or_branch_refreshes(share):
     assert not is_dense(plans[1], 8, 0, q[:1], k[:1], v[:1])
     assert is_dense(plans[1], 12, 0, q[:1], k[:1], v[:1])
     # nothing that a caller does to a result reaches what is kept
-    plans[0].attend(q, k, v, memory=ListMemory(0, 0, False, kept)).zero_()
-    plans[0].attend(q, k, v, memory=ListMemory(1, 0, False, kept)).zero_()
-    out = plans[0].attend(q, k, v, memory=ListMemory(2, 0, False, kept))
+    plans[0].attend(q, k, v, memory=ListMemory(0, 0, False, stored)).zero_()
+    plans[0].attend(q, k, v, memory=ListMemory(1, 0, False, stored)).zero_()
+    out = plans[0].attend(q, k, v, memory=ListMemory(2, 0, False, stored))
     torch.testing.assert_close(out, dense(q, k, v), rtol=0, atol=1e-6)
 
 
@@ -78,8 +78,8 @@ def test_branches_and_runs_in_a_transformer(tiny_wan, wan_inputs):
     """Two guidance branches with equal inputs at all steps are dense; so is a run after one that was broken off."""
     model = tiny_wan()
     pipe, branches = Pipe(model), [wan_inputs(3, 6, 8, batch=1) for _ in range(3)]
-    for number, each in enumerate(branches):
-        each["hidden_states"] = each["hidden_states"].roll(number, -1) * (number + 1)
+    for number, branch in enumerate(branches):
+        branch["hidden_states"] = branch["hidden_states"].roll(number, -1) * (number + 1)
 
     def call(number):
         return model(**branches[number], return_dict=False)[0]
@@ -123,13 +123,13 @@ def test_compiled_layers_share(tiny_wan, wan_inputs):
     """A compiled model sees one operator, so what is kept is not part of the graph."""
     model, inputs = tiny_wan(), wan_inputs(3, 6, 8, batch=1)
     other = {**inputs, "hidden_states": inputs["hidden_states"].flip(-1)}
-    found = []
+    outputs = []
     for compiled in (False, True):
         called = torch.compile(model, backend="eager") if compiled else model
         with dit_accel.accelerated(model, "gna", window=1, share="residual", refresh=2) as accel, torch.no_grad():
-            found.append([])
+            outputs.append([])
             for step in range(3):
                 accel.set_step(step, 4)
-                found[-1].append(called(**(other if step == 1 else inputs), return_dict=False)[0])
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-    assert not torch.equal(found[0][0], found[0][1])
+                outputs[-1].append(called(**(other if step == 1 else inputs), return_dict=False)[0])
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
+    assert not torch.equal(outputs[0][0], outputs[0][1])

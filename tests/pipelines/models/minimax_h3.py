@@ -49,9 +49,9 @@ def reference_layout():
     )
 
 
-def inputs(made, batch=2):
+def inputs(parts, batch=2):
     """A call of that layout, with noise levels of the video, the sound and the conditions."""
-    places, tags, video, sound, text, conditions, _ = made
+    places, tags, video, sound, text, conditions, _ = parts
     noise, levels = numbers(), torch.zeros(len(tags), dtype=torch.long)
     levels[sound], levels[video[:conditions]] = 1, 2
     return {
