@@ -45,8 +45,8 @@ class ModelClass:
 def arguments_of(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What a wrapper of the model passes on, by name."""
     bound = inspect.signature(model._forward).bind(*args, **kwargs)
-    given = dict(bound.arguments)
-    return given | given.pop("kwargs", {})
+    arguments = dict(bound.arguments)
+    return arguments | arguments.pop("kwargs", {})
 
 
 def patches(latent: Any, patch: Sequence[int]) -> tuple[int, int, int]:

@@ -68,8 +68,8 @@ class Run:
         self._plans: dict[str, PlanCache] = {}
         self._said: set[str] = set()
 
-    def _with_start(self, setting: Setting, given: bool = False) -> Setting:
-        return setting if given else setting.changed(dense_steps=self.dense_start)
+    def _with_start(self, setting: Setting, dense_steps_named: bool = False) -> Setting:
+        return setting if dense_steps_named else setting.changed(dense_steps=self.dense_start)
 
     def say(self, line: str, level: int = logging.INFO) -> None:
         """Log a line once."""
@@ -196,8 +196,10 @@ def make_override(run: Run, previous: Callable[..., Any] | None) -> Callable[...
     ) -> Any:
         def dense() -> Any:
             shapes = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
-            given = (q, k, v, heads), {"mask": mask, "attn_precision": attn_precision, **shapes, **kwargs}
-            return func(*given[0], **given[1]) if previous is None else previous(func, *given[0], **given[1])
+            keywords = {"mask": mask, "attn_precision": attn_precision, **shapes, **kwargs}
+            if previous is None:
+                return func(q, k, v, heads, **keywords)
+            return previous(func, q, k, v, heads, **keywords)
 
         call: Call | None = (kwargs.get("transformer_options") or {}).get(KEY)
         tokens = [x.shape[2 if skip_reshape else 1] for x in (q, k, v)]

@@ -51,12 +51,12 @@ def text_encoder():
 @pytest.fixture(scope="module")
 def processor():
     """It prepares pictures and videos, for which it needs torchvision; text alone takes its kinds of tokens."""
-    made = transformers.Qwen3VLProcessor.__new__(transformers.Qwen3VLProcessor)
-    made.image_token_id, made.video_token_id = 257, 258
+    stub = transformers.Qwen3VLProcessor.__new__(transformers.Qwen3VLProcessor)
+    stub.image_token_id, stub.video_token_id = 257, 258
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.Qwen3VLProcessor, "from_pretrained", lambda *args, **kwargs: made)
+        patch.setattr(transformers.Qwen3VLProcessor, "from_pretrained", lambda *args, **kwargs: stub)
         patch.setattr(transformers.Qwen3VLProcessor, "save_pretrained", lambda *args, **kwargs: None)
-        yield made
+        yield stub
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,8 @@ def folder(processor, tmp_path_factory):
 def test_generate(run, folder, tmp_path, capfd):
     """What precedes the video is exact both ways. The sound is not written, which is said."""
     output = tmp_path / "clip.mp4"
-    given = ("--prompt", PROMPT, "--method", WINDOW, "--output", output)
-    assert run("generate", "--model", folder, *SIZE, *given) == 0
+    options = ("--prompt", PROMPT, "--method", WINDOW, "--output", output)
+    assert run("generate", "--model", folder, *SIZE, *options) == 0
     assert says(capfd.readouterr().err, "MiniMaxH3ModularPipeline sound", output)
     record = json.loads(output.with_suffix(".json").read_text())
     assert record["pipeline"] == "MiniMaxH3ModularPipeline"
@@ -109,8 +109,8 @@ def test_eval(run, folder, tmp_path):
     """One step alone is refused, so the warm-up runs the whole loop."""
     prompts, output = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text(PROMPT)
-    given = ("--prompts", prompts, "--method", WINDOW, "--dense-steps", "1", "--metric", "psnr", "--output", output)
-    assert run("eval", "--model", folder, *SIZE, *given) == 0
+    options = ("--prompts", prompts, "--method", WINDOW, "--dense-steps", "1", "--metric", "psnr", "--output", output)
+    assert run("eval", "--model", folder, *SIZE, *options) == 0
     dense, sparse = json.loads((output / "summary.json").read_text())["rows"]
     density = dit_accel.plan("gna", TokenGrid(37, 2, 3, text=BEFORE, text_first=True), window=(5, 1, 2)).density
     assert dense["density"] == 1
@@ -145,9 +145,9 @@ def test_an_adapter_brings_both_schedulers_and_takes_them_back(folder, adapter):
     pipe = modular.load(folder, None, {"default": torch.float32}, ("prompt",), None, configs={}, parts={})
     before, kind = (pipe.scheduler, pipe.audio_scheduler), type(pipe)
     with dit_accel.load(pipe, adapter[1]) as accel:
-        ours = pipe.scheduler, pipe.audio_scheduler
+        schedulers = pipe.scheduler, pipe.audio_scheduler
         for scheduler, sigmas in zip(
-            ours, (accel.trained.sampler.sigmas, *accel.trained.sampler.others.values()), strict=True
+            schedulers, (accel.trained.sampler.sigmas, *accel.trained.sampler.others.values()), strict=True
         ):
             scheduler.set_timesteps(5)
             torch.testing.assert_close(scheduler.sigmas, torch.tensor([*sigmas, 0.0]))

@@ -50,8 +50,8 @@ def test_generate_and_its_record(run, folder, tmp_path, capfd):
 def test_eval(run, folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n")
-    given = ["--prompts", prompts, "--method", "gna:window=2x1x2", "--metric", "psnr", "--output", tmp_path / "out"]
-    assert run("eval", "--model", folder, *SIZE, *given) == 0
+    options = ["--prompts", prompts, "--method", "gna:window=2x1x2", "--metric", "psnr", "--output", tmp_path / "out"]
+    assert run("eval", "--model", folder, *SIZE, *options) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [row["density"] < 1 for row in summary["rows"]] == [False, True]
 

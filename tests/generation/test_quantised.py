@@ -46,8 +46,8 @@ def load(family, folders, choice):
     return model, plain
 
 
-def error(ours, wanted):
-    return ((ours - wanted).norm() / wanted.norm()).item()
+def error(output, wanted):
+    return ((output - wanted).norm() / wanted.norm()).item()
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -182,7 +182,7 @@ def test_gguf(tmp_path, demo_folder):
             continue
         with dit_accel.accelerated(model, method, cache=CACHES[0], **settings) as accel:
             accel.set_step(0, 2)
-            ours = run(model, call)
+            sparse = run(model, call)
         with dit_accel.accelerated(plain, method, **settings):
-            assert error(ours, run(plain, call)) < 0.05, method
+            assert error(sparse, run(plain, call)) < 0.05, method
         assert accel.report().sparse_calls and torch.equal(run(model, call), dense), method

@@ -25,10 +25,10 @@ def test_arguments_are_those_asked_for_over_the_models_own():
     class Pipe:
         def __call__(self, prompt, height=0, width=0, num_inference_steps=50, guidance_scale=5.0, eta: float = 0.0): ...
 
-    asked = ModelRequest(steps=3, pipe=("eta=0.5",))
-    own = {"num_inference_steps": 16, "guidance_scale": 4.0, "num_frames": 17}
-    found = asked.arguments(Pipe, own, (1, 32, 48), video=False, prompt="a fox")
-    assert found == {
+    request = ModelRequest(steps=3, pipe=("eta=0.5",))
+    defaults = {"num_inference_steps": 16, "guidance_scale": 4.0, "num_frames": 17}
+    arguments = request.arguments(Pipe, defaults, (1, 32, 48), video=False, prompt="a fox")
+    assert arguments == {
         "prompt": "a fox",
         "height": 32,
         "width": 48,

@@ -20,7 +20,7 @@ def test_wan_grid():
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("size", "message"),
     [
         ((81, 500, None), "500 16 496 512"),
         ((81, None, 8), "8 16"),
@@ -29,9 +29,9 @@ def test_wan_grid():
         ((81, None, 16 * 1025), "width 1025"),
     ],
 )
-def test_what_cannot_be_made(asked, message):
+def test_what_cannot_be_made(size, message):
     with pytest.raises(DitAccelError, match=names(message)):
-        WAN.chosen(*asked)
+        WAN.chosen(*size)
 
 
 def test_an_image_has_one_frame():

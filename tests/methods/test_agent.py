@@ -80,17 +80,17 @@ def test_forward_and_gradients_are_those_of_the_definition(config, grid, lens, b
     call = {"scale": scale, "impl": impl, "text_lens": None if lens is None else torch.tensor(lens)}
     if bias is not None:
         call["text_bias"] = torch.full((2, grid.tokens), bias)
-    settings, found = dataclasses.asdict(plan.config), {}
+    settings, results = dataclasses.asdict(plan.config), {}
     for kind, dtype in (("ours", torch.float32), ("plain", torch.float32), ("exact", torch.float64)):
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in tensors]
         if kind == "ours":
             out = plan.attend(*leaves, **call)
         else:
             out = by_definition(*leaves, grid, **settings, lens=lens, bias=bias, scale=scale)
-        found[kind] = out, *torch.autograd.grad(out, leaves, upstream.to(dtype))
+        results[kind] = out, *torch.autograd.grad(out, leaves, upstream.to(dtype))
     wide = [x.double() for x in tensors]
     sizes = by_definition(*wide, grid, **settings, lens=lens, bias=bias, scale=scale, upstream=upstream.double())
-    for name, got, plain, exact in zip(("out", "dq", "dk", "dv"), *found.values(), strict=True):
+    for name, got, plain, exact in zip(("out", "dq", "dk", "dv"), *results.values(), strict=True):
         assert_accurate(name, got, plain, exact, sizes.get(name))
 
 
@@ -99,8 +99,8 @@ def test_the_reference_is_the_definition_in_double():
     plan = dit_accel.plan("agent", TEXT)
     settings = dataclasses.asdict(plan.config)
     exact = by_definition(q, k, v, TEXT, **settings, lens=(3, 9), bias=None, scale=24**-0.5)
-    found = dit_accel.attention(q, k, v, plan, text_lens=torch.tensor([3, 9]), impl="reference")
-    torch.testing.assert_close(found, exact, rtol=1e-13, atol=1e-13)
+    output = dit_accel.attention(q, k, v, plan, text_lens=torch.tensor([3, 9]), impl="reference")
+    torch.testing.assert_close(output, exact, rtol=1e-13, atol=1e-13)
 
 
 def test_as_many_agents_as_tokens_are_a_double_softmax():

@@ -79,12 +79,12 @@ def test_pooled_keys_are_in_the_same_softmax_and_their_weights_learn():
     assert torch.equal(plan.attend(q, k, v), plan.attend(q, k, v, module=CellWeights(4)))
     with torch.no_grad():
         module.weight.normal_(generator=generator)
-    found = plan.attend(q, k, v, module=module, impl="reference")
+    output = plan.attend(q, k, v, module=module, impl="reference")
     sampled = SampledQueries(plan, torch.arange(grid.tokens), q, k, "reference", module)
     for head in range(2):
         wanted = plan.reference(sampled, head, q[0, head], k[0, head], v[0, head], module.weight)
-        torch.testing.assert_close(found[0, head], wanted, rtol=1e-12, atol=1e-12)
-    found.sum().backward()
+        torch.testing.assert_close(output[0, head], wanted, rtol=1e-12, atol=1e-12)
+    output.sum().backward()
     assert module.weight.grad.abs().min() > 0
     assert plan.pairs == plan.mask.pairs() + grid.dense_pairs + grid.visual * 2 * 2 * 3
 

@@ -206,10 +206,10 @@ TILED = [  # grid, window, stride, tile of queries, tile of keys, visited, total
 @pytest.mark.parametrize(("shape", "window", "stride", "tile_q", "tile_k", "visited", "total", "full"), TILED)
 def test_published_tile_counts(shape, window, stride, tile_q, tile_k, visited, total, full):
     plan = dit_accel.plan("gna", TokenGrid(*shape), window=window, stride=stride)
-    found = plan.block_mask(order="tile", tile_q=tile_q, tile_k=tile_k)
-    assert (found.visited, found.total) == (visited, total)
+    mask = plan.block_mask(order="tile", tile_q=tile_q, tile_k=tile_k)
+    assert (mask.visited, mask.total) == (visited, total)
     if full is not None:
-        assert found.full == (visited if full == PERFECT else full)
+        assert mask.full == (visited if full == PERFECT else full)
 
 
 def test_sliding_tiles_are_strided_windows():
@@ -224,8 +224,8 @@ def test_sliding_tiles_are_strided_windows():
     ):
         tokens = tuple(n * size for n, size in zip(window, (6, 8, 8), strict=True))
         plan = dit_accel.plan("gna", TokenGrid(*shape), window=tokens, stride=(6, 8, 8))
-        found = plan.block_mask(order="tile", tile_q=(6, 8, 8), tile_k=(6, 8, 8))
-        assert found.visited == found.full == tiles
+        mask = plan.block_mask(order="tile", tile_q=(6, 8, 8), tile_k=(6, 8, 8))
+        assert mask.visited == mask.full == tiles
         assert plan.pairs == tiles * 384**2
 
 

@@ -38,17 +38,17 @@ def by_definition(q, k, v, text_lens):
 def test_forward_and_gradients_are_those_of_the_definition(impl, lens):
     plan, lens = dit_accel.plan("heads", GRID, keep=KEEP), torch.tensor(lens)
     upstream = torch.randn(2, 4, GRID.tokens, 16, generator=torch.Generator().manual_seed(1))
-    found = {}
+    results = {}
     for kind, dtype in (("ours", torch.float32), ("plain", torch.float32), ("exact", torch.float64)):
         qkv = tensors(dtype)
         text_lens = None if impl == "auto" and bool(lens.eq(7).all()) else lens
-        ours = kind == "ours"
-        out = dit_accel.attention(*qkv, plan, text_lens=text_lens, impl=impl) if ours else by_definition(*qkv, lens)
-        found[kind] = out, *torch.autograd.grad(out, qkv, upstream.to(dtype))
-    for name, got, plain, exact in zip(("out", "dq", "dk", "dv"), *found.values(), strict=True):
+        by_plan = kind == "ours"
+        out = dit_accel.attention(*qkv, plan, text_lens=text_lens, impl=impl) if by_plan else by_definition(*qkv, lens)
+        results[kind] = out, *torch.autograd.grad(out, qkv, upstream.to(dtype))
+    for name, got, plain, exact in zip(("out", "dq", "dk", "dv"), *results.values(), strict=True):
         assert_accurate(name, got, plain, exact)
         assert exact.abs().max() > 0
-    assert not any(result[:, [1, 3]].any() for result in found["ours"])  # of skipped heads
+    assert not any(result[:, [1, 3]].any() for result in results["ours"])  # of skipped heads
 
 
 def test_skipped_heads_are_not_computed(monkeypatch):
@@ -105,11 +105,9 @@ def test_settings_are_checked(keep):
 def test_layers_keep_their_own_heads_in_one_graph(tiny_wan, wan_inputs):
     """One layer skips a head, the others are dense; compiled as eager."""
     model, inputs = tiny_wan(), wan_inputs()
-    own = [{"keep": [0] + [1] * (model.config.num_attention_heads - 1)}] + [None] * (len(model.blocks) - 1)
-    with (
-        dit_accel.accelerated(model, Setting.from_dict({"method": "heads", "layers": {"transformer": own}})) as accel,
-        torch.no_grad(),
-    ):
+    layers = [{"keep": [0] + [1] * (model.config.num_attention_heads - 1)}] + [None] * (len(model.blocks) - 1)
+    setting = Setting.from_dict({"method": "heads", "layers": {"transformer": layers}})
+    with dit_accel.accelerated(model, setting) as accel, torch.no_grad():
         eager = model(**inputs, return_dict=False)[0]
         compiled = torch.compile(model, backend="eager", fullgraph=True)(**inputs, return_dict=False)[0]
     torch.testing.assert_close(compiled, eager)
@@ -128,14 +126,14 @@ def test_heads_are_skipped_where_they_are_missed_least():
     layers = [ranked(4, functools.partial(loss, layer)) for layer in range(2)]
     assert layers == [([0, 3, 2, 1], [1, 53, 57]), ([0, 1, 2, 3], [3, 12, 21])]
 
-    def kept(share):
+    def keeps(share):
         configs, density = cheapest(layers, 4, share, METHOD)
         keep = [(1, 1, 1, 1) if config is None else config.keep for config in configs]
         assert density == sum(map(sum, keep)) / 8 <= share
         return keep
 
-    assert kept(1.0) == [(1, 1, 1, 1), (1, 1, 1, 1)] and kept(0.9) == [(0, 1, 1, 1), (1, 1, 1, 1)]
-    assert kept(0.75) == [(0, 1, 1, 1), (0, 1, 1, 1)]  # losses that add up would take 0 and 3
-    assert kept(0.5) == [(0, 1, 1, 1), (0, 0, 0, 1)]
+    assert keeps(1.0) == [(1, 1, 1, 1), (1, 1, 1, 1)] and keeps(0.9) == [(0, 1, 1, 1), (1, 1, 1, 1)]
+    assert keeps(0.75) == [(0, 1, 1, 1), (0, 1, 1, 1)]  # losses that add up would take 0 and 3
+    assert keeps(0.5) == [(0, 1, 1, 1), (0, 0, 0, 1)]
     with pytest.raises(DitAccelError, match=names("0.2500")):
-        kept(0.2)
+        keeps(0.2)

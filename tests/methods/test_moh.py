@@ -32,16 +32,16 @@ def tensors(dtype=torch.float32):
 
 
 def router(config, seed=5):
-    made = HeadRouter(DIM, HEADS, Config(**config))
-    made.weight.data = 0.1 * torch.randn(made.weight.shape, generator=torch.Generator().manual_seed(seed))
-    return made
+    module = HeadRouter(DIM, HEADS, Config(**config))
+    module.weight.data = 0.1 * torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(seed))
+    return module
 
 
 def by_hand(weight, q, config):
     """p and g token by token, as the equations: [2, N, routed heads] and [2, N, heads]."""
     config, q = Config(**config), q.detach()
     shared, count = config.counts(HEADS)
-    found = []
+    per_token = []
     for sample in range(2):
         for token in range(GRID.tokens):
             x = q[sample, :, token]
@@ -55,8 +55,8 @@ def by_hand(weight, q, config):
                 stages = 2 * torch.softmax(logits[-2:], 0) if shared else torch.ones(2)
                 first = stages[0] * shared * torch.softmax(logits[HEADS - shared : HEADS], 0) if shared else p[:0]
                 g = torch.cat([first, stages[1] * (HEADS - shared) * p * top])
-            found.append((p, torch.ones(HEADS) if token >= GRID.visual else g))
-    return [torch.stack(part).view(2, GRID.tokens, -1) for part in zip(*found, strict=True)]
+            per_token.append((p, torch.ones(HEADS) if token >= GRID.visual else g))
+    return [torch.stack(part).view(2, GRID.tokens, -1) for part in zip(*per_token, strict=True)]
 
 
 def definition(q, k, v, weight, lens, config):
@@ -73,7 +73,7 @@ def test_forward_and_gradients_are_those_of_the_definition(name, trains, impl):
     config, module = SETTINGS[name], router(SETTINGS[name]).requires_grad_(trains)
     plan, lens = dit_accel.plan("moh", GRID, **config), torch.tensor([7, 2])
     upstream = torch.randn(2, HEADS, GRID.tokens, DIM, generator=torch.Generator().manual_seed(1))
-    found = {}
+    results = {}
     for kind, dtype in (("ours", torch.float32), ("plain", torch.float32), ("exact", torch.float64)):
         qkv, weight = tensors(dtype), module.weight.to(dtype)
         if kind == "ours":
@@ -81,8 +81,8 @@ def test_forward_and_gradients_are_those_of_the_definition(name, trains, impl):
         else:
             out = definition(*qkv, weight, lens, config)
         leaves = [*qkv, *([module.weight] if trains else [])]
-        found[kind] = out, *torch.autograd.grad(out, leaves, upstream.to(dtype))
-    for part, got, plain, exact in zip(("out", "dq", "dk", "dv", "dW"), *found.values(), strict=False):
+        results[kind] = out, *torch.autograd.grad(out, leaves, upstream.to(dtype))
+    for part, got, plain, exact in zip(("out", "dq", "dk", "dv", "dW"), *results.values(), strict=False):
         assert_accurate(part, got, plain, exact)
         assert exact.abs().max() > 0
 
@@ -143,13 +143,13 @@ def test_the_load_balance_loss_is_the_papers():
     call = ComputedAttention("", "", None, plan, q, k, v, v, module=module)
     loss = losses(["balance"], Outputs(v, records={"balance": [BALANCE.record(call)]}), None, v)["balance"]
     p = by_hand(module.weight, q, SETTINGS["one"])[0][:, : GRID.visual].flatten(0, 1)
-    taken = p >= p.sort(descending=True).values[:, 1:2]
-    wanted = sum(taken[:, head].float().mean() * p[:, head].mean() for head in range(3))
+    chosen = p >= p.sort(descending=True).values[:, 1:2]
+    wanted = sum(chosen[:, head].float().mean() * p[:, head].mean() for head in range(3))
     torch.testing.assert_close(loss, wanted)
-    (own, of_q), (hand, _) = (
-        torch.autograd.grad(each, (module.weight, q), allow_unused=True) for each in (loss, wanted)
+    (of_weight, of_q), (wanted_of_weight, _) = (
+        torch.autograd.grad(term, (module.weight, q), allow_unused=True) for term in (loss, wanted)
     )
-    torch.testing.assert_close(own, hand)
+    torch.testing.assert_close(of_weight, wanted_of_weight)
     assert of_q is None
     assert BALANCE.record(dataclasses.replace(call, plan=dit_accel.plan("dense", GRID))) is None
     with pytest.raises(DitAccelError, match="balance"):

@@ -33,11 +33,11 @@ def inputs(grid, dim=24):
 
 
 def trained(heads=3, dim=24):
-    made, generator = ProxyGate(dim, heads), torch.Generator().manual_seed(1)
+    gate, generator = ProxyGate(dim, heads), torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for weight in made.parameters():
+        for weight in gate.parameters():
             weight.normal_(std=dim**-0.5, generator=generator)
-    return made
+    return gate
 
 
 def own_blocks(plan):
@@ -52,12 +52,12 @@ def test_an_untrained_gate_leaves_the_bits_of_the_sparse_method(config, grid):
     """Those of sparge by number, or of attention inside the blocks."""
     *tensors, upstream = inputs(grid)
     plan, lens = dit_accel.plan("proxy", grid, **config), torch.tensor([2, grid.text]) if grid.text else None
-    found = plan.attend(*tensors, text_lens=lens, module=ProxyGate(24, 3))
-    assert torch.equal(found, plan.attend(*tensors, text_lens=lens))
+    output = plan.attend(*tensors, text_lens=lens, module=ProxyGate(24, 3))
+    assert torch.equal(output, plan.attend(*tensors, text_lens=lens))
     if config["topk"]:
         alike = {"topk": config["topk"], "topp": 0.0, "order": plan.config.order, "block_q": config["block"]}
         sparge = dit_accel.plan("sparge", grid, block=config["block"], **alike)
-        assert torch.equal(found, sparge.attend(*tensors, text_lens=lens)) and plan.pairs == sparge.pairs
+        assert torch.equal(output, sparge.attend(*tensors, text_lens=lens)) and plan.pairs == sparge.pairs
         return
     mask = torch.ones(2, 3, grid.tokens, grid.tokens, dtype=torch.bool)
     mask[:, :, grid.visual_rows, grid.visual_rows] = own_blocks(plan)[1]
@@ -89,8 +89,8 @@ def test_the_gated_branch_is_that_of_its_definition(config, grid):
     weights = [weight.detach() for weight in module.parameters()]
     exact = by_definition(*(x.double() for x in (q, k, v, *weights)))
     for impl in ("portable", "reference"):
-        found = plan.attend(q, k, v, module=module, impl=impl)
-        assert_accurate(impl, found, by_definition(q, k, v, *weights), exact)
+        output = plan.attend(q, k, v, module=module, impl=impl)
+        assert_accurate(impl, output, by_definition(q, k, v, *weights), exact)
     assert (exact - plan.attend(q, k, v).double()).abs().max() > 0.1  # the branch is seen
     wide = plan.attend(*(x.double() for x in (q, k, v)), module=module.double(), impl="reference")
     torch.testing.assert_close(wide, exact, rtol=1e-12, atol=1e-12)
@@ -214,16 +214,16 @@ def test_the_coarse_branch_covers_all_tokens(query, grid, cut_at):
         out = attend(*tensors)
         return [out.detach(), *torch.autograd.grad(out, tensors, upstream.to(dtype))]
 
-    def ours(q, k, v, gate):
+    def by_plan(q, k, v, gate):
         return plan.attend(q, k, v, module=module, gate=gate, segments=segments)
 
-    def defined(q, k, v, gate):
+    def by_equation(q, k, v, gate):
         return by_definition(plan.attend(q, k, v), q, k, v, gate)
 
-    plain, exact = (differentiated(defined, dtype) for dtype in (torch.float32, torch.float64))
+    plain, exact = (differentiated(by_equation, dtype) for dtype in (torch.float32, torch.float64))
     names = ("output", "q", "k", "v", "gate")
-    for what, *values in zip(names, differentiated(ours, torch.float32), plain, exact, strict=True):
-        assert_accurate(what, *values)
+    for name, *values in zip(names, differentiated(by_plan, torch.float32), plain, exact, strict=True):
+        assert_accurate(name, *values)
     assert (exact[0] - plan.attend(q, k, v).double())[:, :, : grid.visual_start or 1].abs().max() > 0.1
 
 

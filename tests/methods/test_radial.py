@@ -71,16 +71,16 @@ PUBLISHED = [  # grid, decay, sink, block, blocks kept, token pairs before round
 ]
 
 
-@pytest.mark.parametrize(("shape", "decay", "sink", "block", "kept", "pairs"), PUBLISHED)
-def test_the_released_codes_blocks(shape, decay, sink, block, kept, pairs):
+@pytest.mark.parametrize(("shape", "decay", "sink", "block", "listed", "pairs"), PUBLISHED)
+def test_the_released_codes_blocks(shape, decay, sink, block, listed, pairs):
     grid = TokenGrid(*shape)
     plan = dit_accel.plan("radial", grid, rule="released", decay=decay, sink=sink, block=block)
     side, rest = divmod(grid.visual, block)
-    found = plan.block_mask()
-    assert int(found.dense()[:side, :side].sum()) == kept
-    assert found.query_order.blocks == side + (rest > 0)
-    assert found.visited == kept + (2 * side + 1 if rest else 0)
-    assert found.full == found.visited
+    mask = plan.block_mask()
+    assert int(mask.dense()[:side, :side].sum()) == listed
+    assert mask.query_order.blocks == side + (rest > 0)
+    assert mask.visited == listed + (2 * side + 1 if rest else 0)
+    assert mask.full == mask.visited
     if pairs is not None:
         radius = released_radius(grid.frames, grid.height * grid.width, decay, sink, block)
         assert Band(radius, grid.height, grid.width).pairs() == pairs

@@ -52,7 +52,7 @@ def published(q, k, v, chosen, text_lens=None):
     if text_lens is not None:
         other &= ~((place - grid.text_start >= text_lens) & (place - grid.text_start < grid.text))
     spots = grid.coordinates()
-    kept, safe, out = [], [], torch.zeros(grid.tokens, q.shape[-1], dtype=torch.float64)
+    kept_blocks, trusted_blocks, out = [], [], torch.zeros(grid.tokens, q.shape[-1], dtype=torch.float64)
     for rows in queries:
         query = q[rows].mean(0)
         query_spread = (q[rows] - query).abs().mean(0)
@@ -83,9 +83,9 @@ def published(q, k, v, chosen, text_lens=None):
         rest = [j for j in range(len(keys)) if not keep[j] and (trust[j] or not config.gate)]
         ratio = 1 - sum(float(weights[j] / total) for j in rest)
         out[rows] = ratio * sparse + sum((weights[j] / total * v[keys[j]].mean(0) for j in rest), torch.zeros(()))
-        kept.append(keep)
-        safe.append(trust)
-    return torch.tensor(kept), torch.tensor(safe), out[visual]
+        kept_blocks.append(keep)
+        trusted_blocks.append(trust)
+    return torch.tensor(kept_blocks), torch.tensor(trusted_blocks), out[visual]
 
 
 SETTINGS = {
@@ -107,17 +107,17 @@ def test_published_compensation_is_the_papers(grid, settings):
     lens = torch.tensor([4, 11]) if grid.text else None
     out = attention(q, k, v, chosen, text_lens=lens)[:, :, : grid.visual]
     limit = tolerance(q, k, v, 2.0)  # rounded: two parts, the ratio and the sum
-    found = listed(chosen.route(q, k), chosen.key_order.visual_blocks)
+    blocks = listed(chosen.route(q, k), chosen.key_order.visual_blocks)
     arranged = (chosen.arrange(x) for x in (q, k))
     gate = trusted(*arranged, chosen.query_order, chosen.key_order)
     compensated = 0
     for b in range(2):
         for h in range(2):
             tensors = (x[b, h].double() for x in (q, k, v))
-            kept, safe, want = published(*tensors, chosen, None if lens is None else int(lens[b]))
-            assert torch.equal(found[b, h], kept) and torch.equal(gate[b, h], safe)
-            assert (out[b, h].double() - want).abs().max() <= limit
-            compensated += int((safe & ~kept).sum())
+            kept_blocks, safe, expected = published(*tensors, chosen, None if lens is None else int(lens[b]))
+            assert torch.equal(blocks[b, h], kept_blocks) and torch.equal(gate[b, h], safe)
+            assert (out[b, h].double() - expected).abs().max() <= limit
+            compensated += int((safe & ~kept_blocks).sum())
     assert compensated > 0 and not bool(gate.all()), "the gate decides nothing here"
 
 
@@ -126,8 +126,8 @@ def test_published_compensation_is_the_papers(grid, settings):
 @pytest.mark.parametrize("grid", [VIDEO, TEXT, TEXT_FIRST], ids=str)
 def test_everything_kept_is_dense(grid, settings, compensation):
     q, k, v = inputs(grid)
-    got = attention(q, k, v, plan("rectified", grid, block=8, block_q=8, compensation=compensation, **settings))
-    assert_dense(got, q, k, v)
+    output = attention(q, k, v, plan("rectified", grid, block=8, block_q=8, compensation=compensation, **settings))
+    assert_dense(output, q, k, v)
 
 
 @pytest.mark.parametrize("compensation", ["exact", "published"])
@@ -155,8 +155,8 @@ def test_without_trust_nothing_is_compensated():
     plain, _ = some.attend_listed(q, k, v, lists, PlanArguments())
     rows = ~(gate & left).any(-1)[:, :, some.block_of(some.query_order)]
     assert bool(rows.any())
-    for each in chosen.values():
-        out = attention(q, k, v, each)
+    for variant in chosen.values():
+        out = attention(q, k, v, variant)
         assert torch.equal(out[rows], plain[rows])
 
 

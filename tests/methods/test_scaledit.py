@@ -97,9 +97,9 @@ def test_an_anchor_is_the_mean_of_what_it_stands_for_and_takes_its_position():
     for index, place in enumerate(plan.places.tolist()):
         row, column = divmod(index, 6)
         y, x = divmod(place, 6)
-        got = longer[..., 16 + 2 * row : 18 + 2 * row, 2 * column : 2 * column + 2]
+        anchor = longer[..., 16 + 2 * row : 18 + 2 * row, 2 * column : 2 * column + 2]
         stands_for = latent[..., 2 * y : 2 * y + 4, 2 * x : 2 * x + 4]
-        torch.testing.assert_close(got, stands_for.unfold(-2, 2, 2).unfold(-2, 2, 2).mean((-2, -1)))
+        torch.testing.assert_close(anchor, stands_for.unfold(-2, 2, 2).unfold(-2, 2, 2).mean((-2, -1)))
 
 
 FLUX, WAN = tiny_models.get("flux", "t2i"), tiny_models.get("wan", "t2v")
@@ -125,7 +125,7 @@ def with_anchors(call):
 def test_flux_attends_over_its_tokens_and_the_anchors():
     plan = dit_accel.plan("scaledit", TokenGrid(1, 8, 6, text=13, text_first=True), **SMALL)
     with dit_accel.accelerated(FLUX.shared, "scaledit", **SMALL) as accel:
-        ours = run(FLUX.shared, flux_call())
+        sparse = run(FLUX.shared, flux_call())
     assert accel.report().grids == {"1x8x6 + 13 text first": plan.density} and plan.density < 0.7
     tiny, results = dataclasses.replace(FLUX, grid=plan.grid), []
     for model, dtype in ((FLUX.shared, torch.float32), (FLUX.shared_double, torch.float64)):
@@ -133,7 +133,7 @@ def test_flux_attends_over_its_tokens_and_the_anchors():
             out = run(model, with_anchors(flux_call(dtype))).reshape(2, plan.grid.visual, 8)
         assert mode.calls == 4
         results.append(out[:, :48].flatten())
-    assert_no_worse(ours, *results)
+    assert_no_worse(sparse, *results)
 
 
 def test_wan_attends_over_its_tokens_and_the_anchors(monkeypatch):
@@ -143,22 +143,22 @@ def test_wan_attends_over_its_tokens_and_the_anchors(monkeypatch):
     call = tiny_models.module("wan").inputs(3, 14, 12)
     with dit_accel.accelerated(WAN.shared, "scaledit", **settings, verify="first-call") as accel:
         with torch.no_grad():
-            ours = WAN.shared(**call).sample
-    assert accel.report().sparse_calls == len(accel.report().layers) and ours.shape[-2:] == (14, 12)
+            sparse = WAN.shared(**call).sample
+    assert accel.report().sparse_calls == len(accel.report().layers) and sparse.shape[-2:] == (14, 12)
     results = []
     for model, dtype in ((WAN.shared, torch.float32), (WAN.shared_double, torch.float64)):
-        own = tiny_models.cast(call, dtype)
-        tables = [table.unflatten(1, (3, 7, 6)) for table in model.rope(own["hidden_states"])]
+        arguments = tiny_models.cast(call, dtype)
+        tables = [table.unflatten(1, (3, 7, 6)) for table in model.rope(arguments["hidden_states"])]
         more = [table.flatten(2, 3)[:, :, plan.places].unflatten(2, (-1, 6)) for table in tables]
         longer = tuple(torch.cat(both, 2).flatten(1, 3) for both in zip(tables, more, strict=True))
         monkeypatch.setattr(model.rope, "forward", lambda latent, longer=longer: longer)
         tiny = dataclasses.replace(WAN, grid=plan.grid)
         with MaskedAttention(tiny, static_pairs(plan.token_mask()), double=dtype == torch.float64) as mode:
-            out = model(**own | {"hidden_states": plan.extend(own["hidden_states"])}).sample
+            out = model(**arguments | {"hidden_states": plan.extend(arguments["hidden_states"])}).sample
         assert mode.calls == len(accel.report().layers)
         results.append(out[..., :14, :].detach())
     monkeypatch.undo()
-    assert_no_worse(ours, *results)
+    assert_no_worse(sparse, *results)
 
 
 @pytest.mark.parametrize("tiny", [FLUX, WAN], ids=str)

@@ -45,11 +45,11 @@ def smooth(grid, dim=32, heads=2):
 
 
 def listed(lists, blocks):
-    found = torch.zeros(*lists.counts.shape, blocks, dtype=torch.bool)
+    blocks_listed = torch.zeros(*lists.counts.shape, blocks, dtype=torch.bool)
     for place in torch.cartesian_prod(*(torch.arange(n) for n in lists.counts.shape)):
         row = tuple(place.tolist())
-        found[row][lists.indices[row][: int(lists.counts[row])].long()] = True
-    return found
+        blocks_listed[row][lists.indices[row][: int(lists.counts[row])].long()] = True
+    return blocks_listed
 
 
 def formula(q, k, settings):
@@ -65,8 +65,8 @@ def formula(q, k, settings):
             torch.stack([x[:, :, visual][:, :, blocks == i].double().mean(2) for i in range(int(blocks.max()) + 1)], 2)
         )
     queries, keys = means
-    found = torch.zeros(*q.shape[:2], queries.shape[2], keys.shape[2], dtype=torch.bool)
-    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in found.shape[:3])).tolist():
+    chosen = torch.zeros(*q.shape[:2], queries.shape[2], keys.shape[2], dtype=torch.bool)
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in chosen.shape[:3])).tolist():
         query, key = queries[b, h, i], keys[b, h]
         scores = scale * key @ query
         if config.variance == "exact":
@@ -75,12 +75,12 @@ def formula(q, k, settings):
             variance = scale**2 * (query.square() * key.var(0, unbiased=False)).sum()
         # the published code adds 1e-6 in units of log2
         spread = math.sqrt(max(float(variance), 0.0) / math.log(2) ** 2 + 1e-6) * math.log(2)
-        found[b, h, i] = scores > scores.mean() + config.tau * spread
-        own = columns[rows == i].unique()
-        near = torch.cat([own - 1, own, own + 1])
-        found[b, h, i, near[(near >= 0) & (near < len(key))]] = True
-        found[b, h, i, columns[: config.sink]] = True
-    return found
+        chosen[b, h, i] = scores > scores.mean() + config.tau * spread
+        around = columns[rows == i].unique()
+        near = torch.cat([around - 1, around, around + 1])
+        chosen[b, h, i, near[(near >= 0) & (near < len(key))]] = True
+        chosen[b, h, i, columns[: config.sink]] = True
+    return chosen
 
 
 @pytest.mark.parametrize("variance", ["diagonal", "exact"])
@@ -91,17 +91,17 @@ def formula(q, k, settings):
 def test_lists_are_the_papers(grid, settings, variance):
     chosen = plan("sol", grid, **{"block": 8, "block_q": 8, "variance": variance, **settings})
     q, k, _ = inputs(grid)
-    found = listed(chosen.route(q, k), chosen.key_order.visual_blocks)
-    assert torch.equal(found, formula(q, k, chosen))
-    assert 0.1 < found.float().mean() < 0.95
+    blocks = listed(chosen.route(q, k), chosen.key_order.visual_blocks)
+    assert torch.equal(blocks, formula(q, k, chosen))
+    assert 0.1 < blocks.float().mean() < 0.95
 
 
 def test_neighbours_and_sinks_by_hand():
     forced = plan("sol", TokenGrid(1, 1, 40), block=8, block_q=8).forced(torch.device("cpu"))
-    want = (torch.arange(5)[:, None] - torch.arange(5)).abs() <= 1
-    assert torch.equal(forced, want)
+    neighbours = (torch.arange(5)[:, None] - torch.arange(5)).abs() <= 1
+    assert torch.equal(forced, neighbours)
     sink = plan("sol", TokenGrid(1, 1, 40), block=8, block_q=8, sink=9).forced(torch.device("cpu"))
-    assert torch.equal(sink, want | (torch.arange(5) < 2))
+    assert torch.equal(sink, neighbours | (torch.arange(5) < 2))
     wide = plan("sol", TokenGrid(1, 1, 64), block=8, block_q=16).forced(torch.device("cpu"))
     assert wide.int().tolist()[1] == [0, 1, 1, 1, 1, 0, 0, 0]
 
@@ -140,17 +140,17 @@ def test_variances_agree_where_coordinates_are_uncorrelated():
 @pytest.mark.parametrize("grid", [VIDEO, TEXT, TEXT_FIRST], ids=str)
 def test_everything_exact_is_dense(grid, tail, order):
     q, k, v = inputs(grid)
-    got = attention(q, k, v, plan("sol", grid, tau=-1e6, block=8, block_q=8, tail=tail, order=order))
-    assert_dense(got, q, k, v)
+    output = attention(q, k, v, plan("sol", grid, tau=-1e6, block=8, block_q=8, tail=tail, order=order))
+    assert_dense(output, q, k, v)
 
 
 def test_the_tail_is_nearer_to_dense_than_dropping():
     grid = TokenGrid(4, 16, 16)
     q, k, v = smooth(grid)
     dense = F.scaled_dot_product_attention(q, k, v)
-    lists = {tail: plan("sol", grid, block=16, block_q=16, tail=tail) for tail in ("mean", "none")}
-    assert all(torch.equal(a, b) for a, b in zip(*(each.route(q, k)[:2] for each in lists.values()), strict=True))
-    error = {tail: float((attention(q, k, v, each) - dense).norm() / dense.norm()) for tail, each in lists.items()}
+    plans = {tail: plan("sol", grid, block=16, block_q=16, tail=tail) for tail in ("mean", "none")}
+    assert all(torch.equal(a, b) for a, b in zip(*(plan.route(q, k)[:2] for plan in plans.values()), strict=True))
+    error = {tail: float((attention(q, k, v, plan) - dense).norm() / dense.norm()) for tail, plan in plans.items()}
     assert error["mean"] < 0.5 * error["none"]
 
 

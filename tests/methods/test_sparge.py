@@ -59,7 +59,7 @@ def chosen(plan, q, k):
 
     pairs = torch.einsum("bhiad,bhjcd->bhijac", cells(q, rows, plan.query_order), cells(k, columns, plan.key_order))
     scores = (pairs * q.shape[-1] ** -0.5).exp().nan_to_num(0).sum((-1, -2)).log()
-    kept = torch.zeros_like(scores, dtype=torch.bool)
+    selected = torch.zeros_like(scores, dtype=torch.bool)
     if config.similarity is not None:
         same = []
         for x, block_of in ((q, rows), (k, columns)):
@@ -72,15 +72,15 @@ def chosen(plan, q, k):
                 )
                 > config.similarity
             )
-        kept |= ~same[0][..., None] | ~same[1][:, :, None]
+        selected |= ~same[0][..., None] | ~same[1][:, :, None]
         scores = scores.masked_fill(~same[1][:, :, None], -math.inf)
     order = scores.argsort(-1, descending=True)
     share = scores.softmax(-1).gather(-1, order)
     ranked = (share.cumsum(-1) - share) < config.topp
     ranked[..., : int(config.topk * scores.shape[-1])] = True
     ranked[..., 0] = True
-    kept |= torch.zeros_like(kept).scatter(-1, order, ranked)
-    return kept[:, :, rows][..., columns]
+    selected |= torch.zeros_like(selected).scatter(-1, order, ranked)
+    return selected[:, :, rows][..., columns]
 
 
 def whole_mask(plan, q, k, text_lens=None):
@@ -104,14 +104,14 @@ def test_forward_and_gradients_equal_masked_attention(config, grid, impl):
     plan = dit_accel.plan("sparge", grid, **{**SMALL, **config})
     mask = whole_mask(plan, *tensors[:2], lens)
 
-    def ours(q, k, v):
+    def attend(q, k, v):
         if lens is not None:  # what no query may read
             position = torch.arange(grid.tokens) - grid.text_start
             padding = ((position >= lens[:, None]) & (position < grid.text))[:, None, :, None]
             k, v = (x.masked_fill(padding, torch.nan) for x in (k, v))
         return dit_accel.attention(q, k, v, plan, text_lens=lens, impl=impl)
 
-    assert_masked(ours, tensors, gradient, mask)
+    assert_masked(attend, tensors, gradient, mask)
 
 
 @pytest.mark.parametrize("config", [{"topk": 1.0}, {"topp": 1.0}, {"topk": 0.01, "similarity": 1.0}], ids=str)

@@ -31,14 +31,14 @@ def test_lists_are_kept_for_some_steps_and_each_guidance_branch(tiny_wan, wan_in
     inputs[1] = {**inputs[1], "hidden_states": inputs[1]["hidden_states"].flip(-1)}
     layers = len(model.blocks)
     with dit_accel.accelerated(model, "sparge", **SMALL, refresh=2) as accel, torch.no_grad():
-        found, outputs = [], {}
+        routings, outputs = [], {}
         for step in (0, 1, 2, 4, 0):
             accel.set_step(step, 6)
             for branch in (0, 1):
                 routed.clear()
-                outputs[len(found)] = model(**inputs[branch], return_dict=False)[0]
-                found.append(len(routed))
-    assert found == [n * layers for n in (1, 1, 0, 0, 1, 1, 1, 1, 1, 1)]
+                outputs[len(routings)] = model(**inputs[branch], return_dict=False)[0]
+                routings.append(len(routed))
+    assert routings == [n * layers for n in (1, 1, 0, 0, 1, 1, 1, 1, 1, 1)]
     # the same inputs in both steps: kept lists are those of the first, of each branch
     assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
     with dit_accel.accelerated(model, "sparge", **SMALL), torch.no_grad():
@@ -60,7 +60,7 @@ def test_kept_lists_are_those_of_the_earlier_step(tiny_wan, wan_inputs):
             )
         densities = [layer.step_density for layer in accel.report().layers]
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
-    assert all(found[0] == pytest.approx(found[1]) for found in densities)
+    assert all(by_step[0] == pytest.approx(by_step[1]) for by_step in densities)
 
 
 def test_refresh_needs_the_step(tiny_wan, wan_inputs):
@@ -98,8 +98,8 @@ def calibrated(tmp_path):
     """Makes a file with budgets of all heads, for layers with these shares; None is dense."""
 
     def make(*shares, heads=2, **settings):
-        own = {**SMALL, "topp": 0.0, "block": 4, **settings}
-        layers = [None if share is None else {"budgets": [share, 0.5][:heads], **own} for share in shares]
+        shared = {**SMALL, "topp": 0.0, "block": 4, **settings}
+        layers = [None if share is None else {"budgets": [share, 0.5][:heads], **shared} for share in shares]
         record = {"method": "sparge", "layers": {"transformer": layers}, "schedule": {"dense_steps": 1}}
         path = tmp_path / "budgets.json"
         path.write_text(Setting.from_dict(record).to_json())
@@ -113,7 +113,7 @@ def test_a_file_gives_each_layer_and_head_its_budget(option, calibrated, tiny_wa
     """Of 36 tokens in 9 blocks, rounded up; what is given besides wins over the file, dense layers too."""
     model, inputs, path = tiny_wan(4), wan_inputs(3, 6, 8, batch=1), calibrated(0.2, 0.9, None, 0.3)
     by_budgets = option == "budgets"
-    given = (
+    setting = (
         {"method": "sparge", "budgets": path, "tail": "mean", "dense_layers": (3,)} if by_budgets else {option: path}
     )
     calls = []
@@ -122,7 +122,7 @@ def test_a_file_gives_each_layer_and_head_its_budget(option, calibrated, tiny_wa
         accel.set_step(1, 3)  # the file's one dense step is over
         return model(**inputs, return_dict=False)[0]
 
-    with dit_accel.accelerate(model, **given) as accel, torch.no_grad(), accel.watch(calls.append):
+    with dit_accel.accelerate(model, **setting) as accel, torch.no_grad(), accel.watch(calls.append):
         accel.save_pretrained(tmp_path / "saved")
         wanted, schedule = run(accel), accel.setting.schedule
     counts = [call.plan.route(call.q, call.k).counts.unique(dim=-1)[0, :, 0].tolist() for call in calls]
@@ -159,12 +159,12 @@ def test_cells_find_more_of_the_mass_than_means():
         pipe(
             "a red circle moving right", num_frames=9, height=96, width=96, num_inference_steps=1, output_type="latent"
         )
-    found = []
+    masses = []
     for call in calls:
         plans = [dit_accel.plan("sparge", call.plan.grid, **settings, score=score) for score in ("mean", "subblock")]
         mass = [dataclasses.replace(call, plan=plan).measure(10**6).mass.mean() for plan in plans]
         weights = (call.q @ call.k.mT * call.q.shape[-1] ** -0.5).softmax(-1)  # 5 x 12 x 12 tokens: 45 whole blocks
         blocks = weights.unflatten(-1, (45, 16)).sum(-1).unflatten(-2, (45, 16)).mean(-2)
-        found.append(torch.stack([*mass, blocks.topk(9).values.sum(-1).mean()]))
-    means, cells, best = torch.stack(found).mean(0)
+        masses.append(torch.stack([*mass, blocks.topk(9).values.sum(-1).mean()]))
+    means, cells, best = torch.stack(masses).mean(0)
     assert means < cells < best

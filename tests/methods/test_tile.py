@@ -29,8 +29,8 @@ COGVIDEOX, COSMOS = (13, 30, 45), (16, 44, 80)
     ],
 )
 def test_the_papers_sparsities(shape, references, sparsity):
-    found = dit_accel.plan("tile", TokenGrid(*shape), references=references).block_mask(128, 128)
-    assert round(100 * (1 - found.density), 2) == sparsity
+    mask = dit_accel.plan("tile", TokenGrid(*shape), references=references).block_mask(128, 128)
+    assert round(100 * (1 - mask.density), 2) == sparsity
 
 
 @pytest.mark.parametrize(

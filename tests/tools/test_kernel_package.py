@@ -100,10 +100,10 @@ def test_it_computes_the_same_without_dit_accel(loader, builds, tensors, tmp_pat
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found, wanted = torch.load(tmp_path / "out.pt"), here(tensors)
+    outputs, wanted = torch.load(tmp_path / "out.pt"), here(tensors)
     names = "exact both critical dq dk dv sla_dq sla_dk sla_dv sla_dweight".split()
     for impl, error in (("auto", 0.0), ("triton", 2e-5)):
-        for name, got, want in zip(names, found[impl], wanted, strict=True):
+        for name, got, want in zip(names, outputs[impl], wanted, strict=True):
             torch.testing.assert_close(got, want, rtol=error, atol=error, msg=lambda text, name=name: f"{name}: {text}")
 
 

@@ -20,8 +20,8 @@ def summary():
         {"label": label, "method": "gna", "density": density, "speedup": speedup, "figures": {"psnr": {"value": psnr}}}
         for label, density, speedup, psnr in (("baseline", 1.0, 1.0, "inf"), ("gna:window=0.5", 0.3, 1.5, 21.5))
     ]
-    made = {"command": "dit-accel eval", "hardware": "a processor"}
-    return {"title": "Quality and speed", "made": made, "metrics": [metric], "rows": rows}
+    circumstances = {"command": "dit-accel eval", "hardware": "a processor"}
+    return {"title": "Quality and speed", "made": circumstances, "metrics": [metric], "rows": rows}
 
 
 @pytest.fixture

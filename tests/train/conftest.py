@@ -36,11 +36,11 @@ def tiny(tmp_path_factory):
         block.attn1.to_out[0].weight.data *= 8
     root = tmp_path_factory.mktemp("tiny")
     pipe.save_pretrained(root / "model")
-    made = Tiny(root / "model", root / "data")
-    preparer = prepare.Preparer(made.load(), SIZE)
+    folders = Tiny(root / "model", root / "data")
+    preparer = prepare.Preparer(folders.load(), SIZE)
     clips = preparer.encoded(prepare.demo_clips(7, SIZE, seed=0))
-    data.write(made.data, clips, preparer.conditioning("")[0], {"source": "clips", **SIZE})
-    return made
+    data.write(folders.data, clips, preparer.conditioning("")[0], {"source": "clips", **SIZE})
+    return folders
 
 
 @pytest.fixture(autouse=True)
@@ -100,13 +100,13 @@ def elsewhere(tiny, tmp_path, root):
     import kills
 
     def start(runs, launcher=(), dies=None, shards=False, **variables):
-        asked = {"model": str(tiny.model), "data": str(tiny.data), "shards": shards}
-        asked["dies"] = None if dies is None else [str(tmp_path), 1, dies]
-        asked["runs"] = {str(tmp_path / name): SETTINGS | settings for name, settings in runs.items()}
+        job = {"model": str(tiny.model), "data": str(tiny.data), "shards": shards}
+        job["dies"] = None if dies is None else [str(tmp_path), 1, dies]
+        job["runs"] = {str(tmp_path / name): SETTINGS | settings for name, settings in runs.items()}
         worker = pathlib.Path(__file__).with_name("worker.py")
         path = os.pathsep.join((str(root), kills.TESTS))
         return subprocess.Popen(
-            [sys.executable, *launcher, str(worker), json.dumps(asked)],
+            [sys.executable, *launcher, str(worker), json.dumps(job)],
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

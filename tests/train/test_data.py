@@ -28,12 +28,12 @@ def test_round_trip_over_several_shards(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("0*.safetensors"))) > 1
     read = Dataset(tmp_path)
     assert len(read) == 5 and read.about == {"source": "test"}
-    assert read.kinds() == [own.kind for own in wanted] == [read[0].kind] * 5
-    for index, own in enumerate(wanted):
+    assert read.kinds() == [written.kind for written in wanted] == [read[0].kind] * 5
+    for index, written in enumerate(wanted):
         back = read[index]
-        assert torch.equal(back.latents, own.latents) and back.prompt == own.prompt
-        assert back.call.keys() == own.call.keys() and back.call["img_shapes"] == own.call["img_shapes"]
-        assert torch.equal(back.call["encoder_hidden_states"], own.call["encoder_hidden_states"])
+        assert torch.equal(back.latents, written.latents) and back.prompt == written.prompt
+        assert back.call.keys() == written.call.keys() and back.call["img_shapes"] == written.call["img_shapes"]
+        assert torch.equal(back.call["encoder_hidden_states"], written.call["encoder_hidden_states"])
     assert torch.equal(read.negative["img_ids"], wanted[0].call["img_ids"])
 
 

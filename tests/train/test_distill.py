@@ -21,48 +21,48 @@ def make(segments=4, teacher_steps=16):
 
 
 def test_segments_end_where_the_student_steps_to():
-    made = make()
+    segments = make()
     ends = grid(4)
     assert len(ends) == 5 and ends[0] == 1 and ends[-1] == 0
-    assert set(made.end.tolist()) == set(ends[1:].tolist())
-    assert (made.start > made.next).all() and (made.next >= made.end).all()
-    for start, end in zip(made.start, made.end, strict=True):
+    assert set(segments.end.tolist()) == set(ends[1:].tolist())
+    assert (segments.start > segments.next).all() and (segments.next >= segments.end).all()
+    for start, end in zip(segments.start, segments.end, strict=True):
         assert end == max(level for level in ends if level < start - 1e-6)
-    assert set(ends[:-1].tolist()) <= set(made.start.tolist()), "the student's own starting points are trained"
+    assert set(ends[:-1].tolist()) <= set(segments.start.tolist()), "the student's own starting points are trained"
 
 
 def test_on_straight_trajectories_the_target_is_their_velocity():
     """Where teacher and student agree on one constant velocity, so does the target, at every level."""
-    made = make()
-    velocity = torch.randn(len(made.start), 2, 3, generator=torch.Generator().manual_seed(0))
+    segments = make()
+    velocity = torch.randn(len(segments.start), 2, 3, generator=torch.Generator().manual_seed(0))
     noisy = torch.randn_like(velocity)
-    index = torch.arange(len(made.start))
-    target = made.target(noisy, index, lambda x, at: velocity, lambda x, at: velocity)
+    index = torch.arange(len(segments.start))
+    target = segments.target(noisy, index, lambda x, at: velocity, lambda x, at: velocity)
     assert torch.allclose(target, velocity, atol=1e-4)
 
 
 def test_where_teacher_and_student_predict_one_clean_sample_the_target_is_that_sample():
-    made = LevelSegments(Flow(6.0, sample=True), grid(4), grid(16))
-    noisy, clean = torch.randn(2, len(made.start), 2, 3, generator=torch.Generator().manual_seed(0))
-    target = made.target(noisy, torch.arange(len(made.start)), lambda x, at: clean, lambda x, at: clean)
+    segments = LevelSegments(Flow(6.0, sample=True), grid(4), grid(16))
+    noisy, clean = torch.randn(2, len(segments.start), 2, 3, generator=torch.Generator().manual_seed(0))
+    target = segments.target(noisy, torch.arange(len(segments.start)), lambda x, at: clean, lambda x, at: clean)
     assert torch.allclose(target, clean, atol=1e-4)
 
 
 def test_the_target_by_hand():
     """Teacher goes 1 -> 0.9 with velocity 2, the student on to the end 0.7 with 5: (0.1 * 2 + 0.2 * 5) / 0.3 = 4."""
-    made = make()
-    made.start, made.next, made.end = torch.tensor([1.0]), torch.tensor([0.9]), torch.tensor([0.7])
+    segments = make()
+    segments.start, segments.next, segments.end = torch.tensor([1.0]), torch.tensor([0.9]), torch.tensor([0.7])
     seen = {}
 
     def student(x, at):
         seen["x"], seen["at"] = x, at
         return torch.full_like(x, 5.0)
 
-    target = made.target(torch.zeros(1, 2), torch.tensor([0]), lambda x, at: torch.full_like(x, 2.0), student)
+    target = segments.target(torch.zeros(1, 2), torch.tensor([0]), lambda x, at: torch.full_like(x, 2.0), student)
     assert torch.allclose(target, torch.tensor(4.0)) and torch.allclose(seen["x"], torch.tensor(-0.2))
     assert seen["at"].item() == pytest.approx(0.9)
-    made.end = torch.tensor([0.9])  # the teacher's step ends the segment: its velocity alone
-    target = made.target(torch.zeros(1, 2), torch.tensor([0]), lambda x, at: torch.full_like(x, 2.0), student)
+    segments.end = torch.tensor([0.9])  # the teacher's step ends the segment: its velocity alone
+    target = segments.target(torch.zeros(1, 2), torch.tensor([0]), lambda x, at: torch.full_like(x, 2.0), student)
     assert torch.allclose(target, torch.tensor(2.0))
 
 

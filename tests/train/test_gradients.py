@@ -59,8 +59,8 @@ def test_gradients_equal_finite_differences(method, family, model, monkeypatch):
     transformer, inputs = model(family)
     settings = METHODS[method] | (LINEAR if (method, family) == ("sla", "flux") else {})
     accel = dit_accel.accelerate(transformer, method, impl="portable", **settings)
-    own = find_transformers(transformer)[0]["transformer"][1]
-    targets = [f"{name}.{part}" for name, _ in own.attentions(transformer) for part in ("to_q", "to_k", "to_v")]
+    attentions = find_transformers(transformer)[0]["transformer"][1].attentions(transformer)
+    targets = [f"{name}.{part}" for name, _ in attentions for part in ("to_q", "to_k", "to_v")]
     torch.manual_seed(1)
     adapters.add_lora(transformer, targets, rank=2, alpha=2)
     for module in accel.learned_weights().values():
@@ -83,8 +83,8 @@ def test_gradients_equal_finite_differences(method, family, model, monkeypatch):
             for weight, way in zip(weights, directions, strict=True):
                 weight += sign * step * way
             ends.append(float(loss()))
-    found = (ends[0] - ends[1]) / (2 * step)
-    assert abs(found - wanted) <= 1e-6 * max(abs(wanted), 1e-3)
+    difference = (ends[0] - ends[1]) / (2 * step)
+    assert abs(difference - wanted) <= 1e-6 * max(abs(wanted), 1e-3)
     assert accel.report().dense_calls == 0
 
 
@@ -107,16 +107,16 @@ def test_the_teacher_is_the_untouched_model(lora, tiny_wan, wan_inputs):
     call = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
     with torch.no_grad():
         wanted = untouched(**inputs, return_dict=False)[0]
-        made = networks.teacher(inputs["hidden_states"], inputs["timestep"], call)
+        taught = networks.teacher(inputs["hidden_states"], inputs["timestep"], call)
         student = networks.outputs(transformer, inputs["hidden_states"], inputs["timestep"], call)
-    assert torch.equal(made.prediction, wanted) and not torch.equal(student.prediction, wanted)
-    assert len(made.attention) == len(student.attention) == 1 and made.hidden is not None
+    assert torch.equal(taught.prediction, wanted) and not torch.equal(student.prediction, wanted)
+    assert len(taught.attention) == len(student.attention) == 1 and taught.hidden is not None
     assert accel.report().layers[0].sparse_calls == 1
 
 
 def test_recomputing_activations_changes_no_gradient(tiny_wan, wan_inputs):
     """With a teacher's call in front, which must not be what the recomputation runs."""
-    found = []
+    gradients = []
     for checkpointing in (False, True):
         transformer, inputs = tiny_wan().train(), wan_inputs(batch=1)
         accel = dit_accel.accelerate(transformer, "gna", window=(3, 5, 4))
@@ -128,8 +128,8 @@ def test_recomputing_activations_changes_no_gradient(tiny_wan, wan_inputs):
         wanted = networks.teacher(inputs["hidden_states"], inputs["timestep"], call)
         student = networks.outputs(transformer, inputs["hidden_states"], inputs["timestep"], call)
         loss = sum(OBJECTIVES[name](student, wanted, wanted.prediction) for name in ("teacher", "attention"))
-        found.append(torch.autograd.grad(loss, list(transformer.blocks[0].attn1.to_q.parameters())))
-    for plain, recomputed in zip(*found, strict=True):
+        gradients.append(torch.autograd.grad(loss, list(transformer.blocks[0].attn1.to_q.parameters())))
+    for plain, recomputed in zip(*gradients, strict=True):
         assert plain.abs().max() > 0 and torch.equal(plain, recomputed)
 
 
@@ -156,10 +156,10 @@ def test_objectives_by_hand():
     student = Outputs(torch.tensor([1.0, 3.0]), attention, torch.tensor([1.0]), records)
     teacher = Outputs(torch.tensor([1.0, 1.0]), [torch.tensor([1.0]), torch.tensor([4.0])], torch.tensor([2.0]))
     names = {*OBJECTIVES, *of_methods()} - {"balance"}  # its layers have routers: tests/methods/test_moh.py
-    found = {name: float(loss) for name, loss in losses(names, student, teacher, torch.tensor([0.0, 3.0])).items()}
+    values = {name: float(loss) for name, loss in losses(names, student, teacher, torch.tensor([0.0, 3.0])).items()}
     # gate: shares 1/4 and 3/4 of scores 0 and log 3, against 1/2 and 1/2
-    assert found.pop("gate") == pytest.approx(0.5 * math.log(4 / 3))
+    assert values.pop("gate") == pytest.approx(0.5 * math.log(4 / 3))
     # imitation: products of the maps 1 and 5/4, so shares 4/9 and 5/9, against 1/2 and 1/2
-    assert found.pop("imitation") == pytest.approx(-0.5 * math.log(20 / 81))
+    assert values.pop("imitation") == pytest.approx(-0.5 * math.log(20 / 81))
     # flow: (1 + 0) / 2; teacher: (0 + 4) / 2; attention: (1 / 1 + 16 / 16) / 2; final: 1 / 4.
-    assert found == {"flow": 0.5, "teacher": 2.0, "attention": 1.0, "final": 0.25, "consistency": 0.5}
+    assert values == {"flow": 0.5, "teacher": 2.0, "attention": 1.0, "final": 0.25, "consistency": 0.5}

@@ -25,16 +25,16 @@ def test_imitation_brings_the_maps_nearer_to_softmax(tiny, trained):
         pipe.transformer(hidden_states=sample.latents, timestep=torch.tensor([700.0]), **sample.call)
         modules = list(accel.learned_weights().values())
     assert len(calls) == len(modules) == 2
-    least, own, start = [], [], []
+    least, after, before = [], [], []
     for module, call in zip(modules, calls, strict=True):
         weights = (call.q @ call.k.mT * call.q.shape[-1] ** -0.5).softmax(-1)
         least.append(torch.special.entr(weights).sum(-1).mean())
         fresh = SparseLinearAttention(call.q.shape[-1], **LINEAR["config"])
-        for found, each in ((own, module), (start, fresh)):
-            seen = dataclasses.replace(call, module=each)
-            found.append(imitated(seen).detach())
-    least, own, start = (float(torch.stack(each).mean()) for each in (least, own, start))
-    assert least < own < (least + start) / 2
+        for entropies, linear in ((after, module), (before, fresh)):
+            seen = dataclasses.replace(call, module=linear)
+            entropies.append(imitated(seen).detach())
+    least, after, before = (float(torch.stack(values).mean()) for values in (least, after, before))
+    assert least < after < (least + before) / 2
 
 
 def test_with_distillation_and_recomputed_activations(trained):

@@ -184,8 +184,8 @@ def test_samples_on_the_way(trained):
 
     arguments = {"num_inference_steps": 1, "guidance_scale": 1.0, "num_frames": 5, "height": 32, "width": 48}
     folder = trained(steps=2, validate_every=1, ema=0.9, validation=Validation(("a", "b"), arguments))
-    made = sorted(path.relative_to(folder / "validation").as_posix() for path in folder.glob("validation/*/*"))
-    assert made == [f"step-0000000{step}/0{i}.mp4" for step in (1, 2) for i in (0, 1)]
+    paths = sorted(path.relative_to(folder / "validation").as_posix() for path in folder.glob("validation/*/*"))
+    assert paths == [f"step-0000000{step}/0{i}.mp4" for step in (1, 2) for i in (0, 1)]
 
 
 SLA = {"method": "sla", "config": {"topk": 0.2, "block": 8}, "ema": 0.9}
@@ -236,7 +236,7 @@ def rounding_budget(trained):
     def budget(**settings):
         runs = [curve(trained(f"moved-{seed}", moved=seed, **settings)) for seed in (None, 0, 1, 2, 3)]
         still, *moved = torch.tensor([[row["loss"] for row in rows] for rows in runs], dtype=torch.float64)
-        largest = max(((own - still).abs() / still).max().item() for own in moved)
+        largest = max(((losses - still).abs() / still).max().item() for losses in moved)
         return 2 * largest + torch.finfo(torch.float32).eps
 
     return budget
@@ -261,13 +261,13 @@ def test_a_run_goes_on_in_another_number_of_processes(trained, elsewhere, tmp_pa
 
 def test_a_killed_process_ends_the_others(tiny, tmp_path, root):
     """The first one is killed at its checkpoint, for which the second waits."""
-    asked = ["train", "--model", tiny.model, "--data", tiny.data, "--method", "gna:window=3", "--steps", 4, "--rank", 2]
-    asked += ["--frames", 5, "--height", 32, "--width", 48, "--save-every", 2, "--output", tmp_path / "run"]
+    train = ["train", "--model", tiny.model, "--data", tiny.data, "--method", "gna:window=3", "--steps", 4, "--rank", 2]
+    train += ["--frames", 5, "--height", 32, "--width", 48, "--save-every", 2, "--output", tmp_path / "run"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     place |= {"PYTHONPATH": os.pathsep.join((str(root), kills.TESTS)), "OMP_NUM_THREADS": "1"}
-    commands = kills.cli(tmp_path, "step-00000002", 1, asked), [sys.executable, "-m", "dit_accel", *map(str, asked)]
+    commands = kills.cli(tmp_path, "step-00000002", 1, train), [sys.executable, "-m", "dit_accel", *map(str, train)]
     first, second = (
         subprocess.Popen(
             command,
@@ -280,8 +280,8 @@ def test_a_killed_process_ends_the_others(tiny, tmp_path, root):
     _, errors = first.communicate(timeout=400)
     assert first.returncode == -signal.SIGKILL, errors[-3000:]
     _, errors = second.communicate(timeout=60)
-    said = [line for line in errors.splitlines() if line.startswith("dit-accel: ")]
-    assert second.returncode == 2 and len(said) == 1 and "Traceback" not in errors, errors[-3000:]
+    messages = [line for line in errors.splitlines() if line.startswith("dit-accel: ")]
+    assert second.returncode == 2 and len(messages) == 1 and "Traceback" not in errors, errors[-3000:]
 
 
 def test_fsdp_that_accelerate_would_leave_out_is_refused(trained, monkeypatch):

@@ -27,9 +27,9 @@ def test_conditioning_is_the_pipelines_own(tiny):
 def test_generated_latents_decode_to_the_pipelines_video(tiny):
     pipe = tiny.load()
     arguments = {"num_inference_steps": 2, "guidance_scale": 3.0}
-    made = list(Preparer(pipe, SIZE).generated(["a red circle", "blue"], arguments, seed=5))
+    samples = list(Preparer(pipe, SIZE).generated(["a red circle", "blue"], arguments, seed=5))
     wanted = pipe("blue", generator=torch.Generator().manual_seed(6), **arguments, **SIZE, output_type="latent").frames
-    assert torch.equal(made[1].latents, wanted) and made[1].prompt == "blue"
+    assert torch.equal(samples[1].latents, wanted) and samples[1].prompt == "blue"
 
 
 def test_encoded_clips_are_on_the_scale_of_the_latents(tiny):
@@ -111,8 +111,8 @@ def test_levels_are_those_the_pipeline_samples_at(flux_folder):
     pipe = FluxPipeline.from_pretrained(flux_folder)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     size = {"height": 32, "width": 48}
-    found = Preparer(pipe, size).levels(3, torch.Size((1, 96, 16)))
+    levels = Preparer(pipe, size).levels(3, torch.Size((1, 96, 16)))
     pipe("", num_inference_steps=3, output_type="latent", **size)
-    assert torch.equal(found, pipe.scheduler.sigmas) and found.shape == (4,) and found[-1] == 0
+    assert torch.equal(levels, pipe.scheduler.sigmas) and levels.shape == (4,) and levels[-1] == 0
     with pytest.raises(DitAccelError, match=names("16 FluxPipeline")):
         Preparer(pipe, size).levels(3, torch.Size((1, 6, 16)))

@@ -28,8 +28,8 @@ def table():
 def test_budgeted_is_the_best_of_all_choices(table, budget):
     every = itertools.product((None, 0, 1, 2), repeat=4)
     wanted = min(table.loss(choice) for choice in every if table.cost(choice) <= budget)
-    found = budgeted(table, budget)
-    assert table.cost(found) <= budget and table.loss(found) == pytest.approx(wanted)
+    choice = budgeted(table, budget)
+    assert table.cost(choice) <= budget and table.loss(choice) == pytest.approx(wanted)
 
 
 def test_a_budget_that_cannot_be_had(table):

@@ -29,16 +29,16 @@ def sharding(join):
     return joined
 
 
-def main(asked):
-    if asked["dies"] is not None:
-        kills.die_before(*asked["dies"])
-    if asked["shards"]:
+def main(job):
+    if job["dies"] is not None:
+        kills.die_before(*job["dies"])
+    if job["shards"]:
         loop.join = sharding(loop.join)
-    for folder, settings in asked["runs"].items():
-        data = Dataset(pathlib.Path(asked["data"]))
-        pipe = load_demo(folder=pathlib.Path(asked["model"]))
+    for folder, settings in job["runs"].items():
+        data = Dataset(pathlib.Path(job["data"]))
+        pipe = load_demo(folder=pathlib.Path(job["model"]))
         trainer = Trainer(pipe, make(settings), data, pathlib.Path(folder), Base("tiny"), None)
-        assert any(isinstance(weight, state.DTensor) for weight in trainer.weights.values()) == asked["shards"]
+        assert any(isinstance(weight, state.DTensor) for weight in trainer.weights.values()) == job["shards"]
         trainer.run()
         kernels = {kernel for layer in trainer.accel.report().layers for kernel in layer.kernels}
         assert settings.get("impl", "auto") in {"auto", *kernels}

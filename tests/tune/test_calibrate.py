@@ -72,8 +72,8 @@ def test_from_prompts_to_a_file_that_everything_takes(cli, demo, tmp_path, monke
 
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("a red circle\na blue square\n")
-    asked = ("--method", BLOCKS, "--dense-steps", 1, "--prompts", prompts, "--output", out)
-    outcome = cli("tune", *SMALL, "--calibrate", 0.9, *asked)
+    options = ("--method", BLOCKS, "--dense-steps", 1, "--prompts", prompts, "--output", out)
+    outcome = cli("tune", *SMALL, "--calibrate", 0.9, *options)
     assert outcome.status == 0, outcome.err
     path = out / "budgets.json"
     content = json.loads(path.read_text())
@@ -93,16 +93,16 @@ def test_from_prompts_to_a_file_that_everything_takes(cli, demo, tmp_path, monke
 
     generated = cli("generate", *SMALL, "--load", path, "--output", tmp_path / "a.mp4")
     assert generated.status == 0, generated.err
-    made = json.loads((tmp_path / "a.json").read_text())["setting"]
-    assert made["schedule"]["dense_steps"] == 1 and made["layers"] == content["layers"]
+    setting = json.loads((tmp_path / "a.json").read_text())["setting"]
+    assert setting["schedule"]["dense_steps"] == 1 and setting["layers"] == content["layers"]
     typed = GenerateRequest(method=f"sparge:budgets={path}").candidate()
-    assert json.loads(json.dumps(typed.record())) == made and typed.title == f"sparge:budgets={path}"
+    assert json.loads(json.dumps(typed.record())) == setting and typed.title == f"sparge:budgets={path}"
     assert TrainSettings(method="sparge", config={"budgets": str(path)}).config["budgets"] == str(path)
 
     monkeypatch.setattr(sweep, "sample", None)  # nothing is run again
     before = path.read_bytes()
-    assert cli("tune", *SMALL, "--calibrate", 0.9, *asked).status == 0 and path.read_bytes() == before
-    assert cli("tune", *SMALL, "--calibrate", 0.5, *asked).status == 0
+    assert cli("tune", *SMALL, "--calibrate", 0.9, *options).status == 0 and path.read_bytes() == before
+    assert cli("tune", *SMALL, "--calibrate", 0.5, *options).status == 0
     fewer = [config.budgets for config in Setting.read(path).layers["transformer"]]
     assert all(sum(few) < sum(many) for few, many in zip(fewer, budgets, strict=True))
 
@@ -111,8 +111,8 @@ def test_heads_from_prompts_to_a_file(cli, tmp_path, monkeypatch):
     """At most the share of all heads is kept, the last in each layer's order; another share measures nothing again."""
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("a red circle\na blue square\n")
-    asked = ("--method", "heads", "--dense-steps", 1, "--prompts", prompts, "--output", out)
-    outcome = cli("tune", *SMALL, "--calibrate", 0.75, *asked)
+    options = ("--method", "heads", "--dense-steps", 1, "--prompts", prompts, "--output", out)
+    outcome = cli("tune", *SMALL, "--calibrate", 0.75, *options)
     assert outcome.status == 0, outcome.err
     content = json.loads((out / "heads.json").read_text())
     layers = content["layers"]["transformer"]
@@ -124,9 +124,9 @@ def test_heads_from_prompts_to_a_file(cli, tmp_path, monkeypatch):
     assert sum(sum(layer["keep"]) if layer else 4 for layer in layers) == 18
 
     monkeypatch.setattr(search, "Probe", None)
-    assert cli("tune", *SMALL, "--calibrate", 0.5, *asked).status == 0
-    kept = Setting.read(out / "heads.json").layers["transformer"]
-    assert sum(sum(config.keep) if config else 4 for config in kept) == 12
+    assert cli("tune", *SMALL, "--calibrate", 0.5, *options).status == 0
+    configs = Setting.read(out / "heads.json").layers["transformer"]
+    assert sum(sum(config.keep) if config else 4 for config in configs) == 12
 
 
 @pytest.mark.parametrize(

@@ -106,18 +106,18 @@ POINTS = [(1.1, 40.0), (1.5, 30.0), (2.2, 20.0), (2.0, 25.0), (1.2, 29.0)]
 @pytest.fixture
 def gaining(monkeypatch):
     """Times that a sparse setting gains: this small, none does. The frames and all else stay what they are."""
-    taken = []
+    timed = []
     measure = sweep.sample
 
     def faster(pipe, arguments, seed, title, device, progress=None):
-        made = measure(pipe, arguments, seed, title, device, progress)
-        taken.append(title)
+        sampled = measure(pipe, arguments, seed, title, device, progress)
+        timed.append(title)
         label = title.partition(" ")[2]
         seconds = 9.0 if label == BASELINE else random.Random(label).uniform(3.0, 8.0)
-        return sweep.dataclasses.replace(made, denoising_seconds=seconds)
+        return sweep.dataclasses.replace(sampled, denoising_seconds=seconds)
 
     monkeypatch.setattr(sweep, "sample", faster)
-    return taken
+    return timed
 
 
 def test_from_prompts_to_a_pick_on_the_measured_front(cli, demo, tmp_path, gaining, monkeypatch):
@@ -146,7 +146,7 @@ def test_from_prompts_to_a_pick_on_the_measured_front(cli, demo, tmp_path, gaini
     picked = finalists[content["tuned"]["row"]]
     assert picked["speedup"] >= 1.5
     for row in finalists.values():  # nothing that was measured is better in both
-        psnr, best = (float(each["figures"]["psnr"]["value"]) for each in (row, picked))
+        psnr, best = (float(result["figures"]["psnr"]["value"]) for result in (row, picked))
         assert not (row["speedup"] >= picked["speedup"] and psnr >= best) or row is picked
     assert f"--load {out / 'settings.json'}" in " ".join(outcome.out.split())
 

@@ -145,16 +145,17 @@ class Trainer:
         axes = [torch.linspace(-1, 1, size, device=self.device) for size in (t, h // 2, w // 2)]
         place = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)  # [N, 3]
         position = (self.questions["position"](seen) - place).square().mean()
-        told = (tokens != self.empty).any(1).float()  # [B] 0 for an empty prompt
-        shown = self._asked(self.questions["words"](seen.mean(1)), words, told)
-        read = self._asked(self.questions["prompt"](text.sum(1) / (text != 0).any(2).sum(1, keepdim=True)), words, told)
+        prompted = (tokens != self.empty).any(1).float()  # [B] 0 for an empty prompt
+        shown = self._answer_loss(self.questions["words"](seen.mean(1)), words, prompted)
+        embedded = text.sum(1) / (text != 0).any(2).sum(1, keepdim=True)  # [B, D] the mean of a prompt's tokens
+        read = self._answer_loss(self.questions["prompt"](embedded), words, prompted)
         return torch.stack([errors.mean(), position, shown, read])
 
-    def _asked(self, answers: Tensor, words: Tensor, told: Tensor) -> Tensor:
-        """Mean cross-entropy of answers [B, all words] for scenes [B, 4], over clips whose prompt was told [B]."""
+    def _answer_loss(self, answers: Tensor, words: Tensor, prompted: Tensor) -> Tensor:
+        """Mean cross-entropy of answers [B, all words] for scenes [B, 4], over clips that have a prompt [B]."""
         columns = zip(answers.split(WORDS, dim=1), words.unbind(1), strict=True)
         losses = torch.stack([F.cross_entropy(answer, word, reduction="none") for answer, word in columns])
-        return (losses.mean(0) * told).sum() / told.sum().clamp(min=1)
+        return (losses.mean(0) * prompted).sum() / prompted.sum().clamp(min=1)
 
     def _draw(self, count: int, high: int | None = None) -> Tensor:
         """`count` whole numbers below `high`, or uniform numbers in [0, 1)."""

@@ -33,10 +33,10 @@ CONDITIONS: dict[str, Spoil] = {
 }
 
 
-def told(
+def pair_accuracy(
     clip: Clip, scenes: list[clips.Scene], spoil: Spoil, size: tuple[int, int] = (128, 128), seed: int = 0
 ) -> dict[str, float]:
-    """Share of pairs told, for each visible attribute and for all (`all`), with the number of `pairs`.
+    """Share of pairs told apart, for each visible attribute and for all (`all`), with the number of `pairs`.
 
     Args:
         clip: the model.
@@ -70,7 +70,7 @@ def main() -> None:
     pools = {"held out": held_out, "never shown": [scene for scene in held_out if never_shown(scene)]}
     clip = Clip.load(options.clip)
     figures = {
-        f"{pool}, {name}": told(clip, scenes, spoil, (height, width))
+        f"{pool}, {name}": pair_accuracy(clip, scenes, spoil, (height, width))
         for pool, scenes in pools.items()
         for name, spoil in CONDITIONS.items()
     }

@@ -12,7 +12,7 @@ from tools.kernels.block_sparse import POINTERS, TILES
 ARCHS = (86, 89, 120)
 BLOCKS = ((128, 64), (64, 64))  # queries x keys
 MODULE = "dit_accel.kernels.block_sparse.triton8_kernels"
-OURS = dict(POINTERS) | {
+EIGHT_BIT_POINTERS = dict(POINTERS) | {
     "k8": "*i8",
     "v16": "*fp16",
     "steps": "*fp32",
@@ -45,5 +45,5 @@ def builds(arch: int) -> Iterator[Build]:
 def _build(
     name: str, function: str, constants: dict[str, Any], warps: int, stages: int, needs: int = 0, dots: bool = True
 ) -> Build:
-    pointers = tuple(OURS.items())
+    pointers = tuple(EIGHT_BIT_POINTERS.items())
     return Build(name, f"{MODULE}:{function}", tuple(constants.items()), pointers, warps, stages, needs, dots)

@@ -216,9 +216,9 @@ class StepBench:
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        taken = alternate({"step": call}, self.seconds, self.device, self.rounds)["step"]
+        milliseconds = alternate({"step": call}, self.seconds, self.device, self.rounds)["step"]
         peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
-        return {**quantiles(taken), "rounds": len(taken), "peak": peak}
+        return {**quantiles(milliseconds), "rounds": len(milliseconds), "peak": peak}
 
     def _forget(self) -> None:
         gc.collect()

@@ -142,14 +142,14 @@ class ModelStep:
     mode: str
 
     @property
-    def asked(self) -> str:
+    def density_text(self) -> str:
         """The density, or "published" for a published setting."""
         return "published" if self.target.density is None else f"{self.target.density:g}"
 
     @property
     def name(self) -> str:
         """``MODEL/METHOD/DENSITY/MODE``."""
-        return "/".join((self.model.shape.name, self.target.title, self.asked, self.mode))
+        return "/".join((self.model.shape.name, self.target.title, self.density_text, self.mode))
 
     def as_dict(self) -> dict[str, Any]:
         """The declaration as plain values."""
@@ -158,7 +158,7 @@ class ModelStep:
             "row": self.name,
             "model": self.model.shape.name,
             "method": self.target.method,
-            "setting": self.asked,
+            "setting": self.density_text,
             "config": None if setting is None else setting.as_dict()["config"],
             "mode": self.mode,
         }

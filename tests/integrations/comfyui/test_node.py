@@ -39,8 +39,8 @@ def optimized_attention(q, k, v, heads, mask=None, attn_precision=None, skip_res
     """ComfyUI's attention with its hook."""
     options = kwargs.get("transformer_options")
     if "_inside_attn_wrapper" not in kwargs and options and "optimized_attention_override" in options:
-        given = {"mask": mask, "skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape, **kwargs}
-        return options["optimized_attention_override"](optimized_attention, q, k, v, heads, **given, _inside_attn_wrapper=True)  # fmt: skip  # noqa: E501
+        keywords = {"mask": mask, "skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape, **kwargs}
+        return options["optimized_attention_override"](optimized_attention, q, k, v, heads, **keywords, _inside_attn_wrapper=True)  # fmt: skip  # noqa: E501
     kwargs["transformer_options"]["dense"].append(q.shape)
     if not skip_reshape:
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
@@ -143,7 +143,7 @@ CASES = [
         TokenGrid(3, 5, 4, text=13, text_first=True),
     ),
 ]
-EACH = pytest.mark.parametrize(("model", "call", "grid"), CASES, ids=[case[0][0] for case in CASES])
+EACH_MODEL = pytest.mark.parametrize(("model", "call", "grid"), CASES, ids=[case[0][0] for case in CASES])
 WAN, WAN_CALL, WAN_GRID = CASES[0]
 
 
@@ -157,7 +157,7 @@ def by_mask(model, allowed):
     return outputs
 
 
-@EACH
+@EACH_MODEL
 def test_self_attention_is_the_methods_and_cross_attention_is_untouched(model, call, grid):
     model = Model(*model)
     plain, _ = Patcher(model).call(**call)
@@ -192,8 +192,8 @@ def test_a_mask_over_the_texts_end_is_honoured_and_another_is_dense(caplog):
     mask[..., -2:] = torch.finfo(torch.float32).min
     model = Model(name, tokens, *more, mask=mask)
     sparse, dense = accelerated(model).call(**call)
-    kept = plan("gna", grid, **SETTINGS).token_mask() & (mask[0, 0] == 0)
-    torch.testing.assert_close([x[:, :-2] for x in sparse], [x[:, :-2] for x in by_mask(model, kept)])
+    pairs = plan("gna", grid, **SETTINGS).token_mask() & (mask[0, 0] == 0)
+    torch.testing.assert_close([x[:, :-2] for x in sparse], [x[:, :-2] for x in by_mask(model, pairs)])
     assert not dense
     model.mask = mask.roll(1, -1)
     with caplog.at_level(logging.WARNING):

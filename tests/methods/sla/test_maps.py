@@ -49,10 +49,10 @@ def test_heads_of_one_process_take_their_own_maps():
     torch.nn.init.normal_(module.features.weight)
     q, k, v = torch.randn(3, 1, 4, VIDEO.tokens, 8)
     whole = module(q, k, v, grid=VIDEO)
-    own = plan("sla", VIDEO, **vars(module.config)).attend(
+    shard = plan("sla", VIDEO, **vars(module.config)).attend(
         *(x[:, 2:] for x in (q, k, v)), module=module, heads=(2, 4), impl="portable"
     )
-    torch.testing.assert_close(own, whole[:, 2:])
+    torch.testing.assert_close(shard, whole[:, 2:])
     with pytest.raises(dit_accel.DitAccelError, match=names(1, 2, "heads", "q")):
         module(q[:, 2:], k[:, 2:], v[:, 2:], grid=VIDEO)
 

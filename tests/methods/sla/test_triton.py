@@ -65,8 +65,8 @@ def test_query_blocks_too_large_for_the_marginal_kernels_are_halved(case, monkey
     halved = []
     for module in (ops, triton_configs):
         monkeypatch.setattr(module, "MARGINAL_BLOCK", 16)
-    kept = TokenOrder.halved
-    monkeypatch.setattr(TokenOrder, "halved", lambda order, device: halved.append(order) or kept(order, device))
+    halve = TokenOrder.halved
+    monkeypatch.setattr(TokenOrder, "halved", lambda order, device: halved.append(order) or halve(order, device))
     tiles = Case(TINY_TEXT, {**MARGINAL, **WIDE, "order": "tile"}, dim=16, text_lens=(3,), **ONE)
     check(tiles if case == "wide-marginal-tiles" else TRITON_CASES[case])
     assert [order.block for order in halved] == [32]

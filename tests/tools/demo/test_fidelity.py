@@ -17,9 +17,9 @@ def drawn():
 def test_the_clip_behind_noise_is_found(drawn):
     """Noise of 0.02 in [-1, 1] is 40 dB away from its clip, and the fit can only come nearer."""
     words, paths, video, generator = drawn
-    psnr, found = nearest_clip(video + 0.02 * torch.randn(video.shape, generator=generator), words)
+    psnr, nearest = nearest_clip(video + 0.02 * torch.randn(video.shape, generator=generator), words)
     assert (psnr > 39).all() and (psnr < 40.5).all()
-    torch.testing.assert_close(found, paths, rtol=0, atol=0.25)
+    torch.testing.assert_close(nearest, paths, rtol=0, atol=0.25)
 
 
 def test_another_shape_another_colour_and_a_jump_are_far_away(drawn):

@@ -14,17 +14,17 @@ def test_a_batch_equals_torchs_muon_matrix_by_matrix():
     """Both run the five steps in bfloat16, which the sum over 32 products and another order leave 2^-8 apart."""
     torch.manual_seed(0)
     shapes = [(64, 32), (64, 32), (32, 64)]
-    own = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in own]
-    mine = BatchedMuon(own)
-    torchs = torch.optim.Muon(theirs, 0.01, DECAY, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw")
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    copies = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
+    batched = BatchedMuon(weights)
+    stock = torch.optim.Muon(copies, 0.01, DECAY, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
-        for left, right in zip(own, theirs, strict=True):
+        for left, right in zip(weights, copies, strict=True):
             left.grad = torch.randn(left.shape)
             right.grad = left.grad.clone()
-        mine.step(0.01)
-        torchs.step()
-    assert all(weight.grad is None for weight in own)
-    for left, right in zip(own, theirs, strict=True):
+        batched.step(0.01)
+        stock.step()
+    assert all(weight.grad is None for weight in weights)
+    for left, right in zip(weights, copies, strict=True):
         moved = 3 * 0.01 * 0.2 * 64**0.5  # three steps, each of singular values near one times this scale
         torch.testing.assert_close(left, right, rtol=0, atol=moved * 2**-5)

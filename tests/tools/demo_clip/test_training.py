@@ -66,8 +66,8 @@ def test_loss_is_clips_own_and_equal_scenes_share():
     colours = [Scene(colour, "circle", "left", "black") for colour in ("red", "green", "blue")]
     logits = 7 * images @ texts.T
     labels = torch.arange(3)
-    own = (functional.cross_entropy(logits, labels) + functional.cross_entropy(logits.T, labels)) / 2
-    torch.testing.assert_close(train.contrastive(images, texts, colours, torch.tensor(7.0)), own)
+    clip_loss = (functional.cross_entropy(logits, labels) + functional.cross_entropy(logits.T, labels)) / 2
+    torch.testing.assert_close(train.contrastive(images, texts, colours, torch.tensor(7.0)), clip_loss)
 
     same = [Scene("red", "circle", way, "black") for way in ("left", "up", "down")]  # one frame does not show the way
     perfect = functional.normalize(torch.ones(3, 8), dim=1)

@@ -62,7 +62,7 @@ def test_every_pair_of_settings_is_compiled():
             | {"arch": arch, "dtype": dtype}
             for build, arch, dtype in jobs
         ]
-        return {pair for own in settings for pair in itertools.combinations(sorted(own.items()), 2)}
+        return {pair for setting in settings for pair in itertools.combinations(sorted(setting.items()), 2)}
 
     chosen = {name: ahead_of_time.covering(candidates) for name, candidates in kernels.items()}
     assert sum(map(len, chosen.values())) < 0.3 * sum(map(len, kernels.values()))
