@@ -162,22 +162,22 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
         os.close(handle)
 
 
-def read_json(path: Path, what: str, remedy: str, needs: Collection[str] = ()) -> dict[str, Any]:
+def read_json(path: Path, kind: str, remedy: str, needs: Collection[str] = ()) -> dict[str, Any]:
     """Read one JSON object with the entries `needs`; anything else is refused.
 
-    Errors have `what` the file is, such as "layer schedule", and the `remedy`, a sentence.
+    Errors name the `kind` of file, such as "layer schedule", and end with the `remedy`, a sentence.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except OSError as error:
         raise DitAccelError(
-            f"{path} is not a {what}: it cannot be read ({error.strerror or error}). {remedy}"
+            f"{path} is not a {kind}: it cannot be read ({error.strerror or error}). {remedy}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise DitAccelError(f"{path} is not valid JSON ({error}). {remedy}") from error
     if not isinstance(value, dict) or not set(needs) <= value.keys():
         entries = f" with the entries {', '.join(needs)}" if needs else ""
-        raise DitAccelError(f"{path} is not a {what}: it should hold a JSON object{entries}. {remedy}")
+        raise DitAccelError(f"{path} is not a {kind}: it should hold a JSON object{entries}. {remedy}")
     return value
 
 

@@ -208,12 +208,12 @@ def value_text(value: object) -> str:
     return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def refuse_unknown(settings: Iterable[Any], known: Collection[str], what: str) -> None:
-    """Refuse a setting that `what` does not have."""
+def refuse_unknown(settings: Iterable[Any], known: Collection[str], subject: str) -> None:
+    """Refuse a setting that the `subject` does not have."""
     for name in settings:
         if name not in known:
             has = f"It has: {', '.join(known)}." if known else "It has no settings."
-            raise DitAccelError(f"{what} has no setting {name!r}.{did_you_mean(str(name), known)} {has}")
+            raise DitAccelError(f"{subject} has no setting {name!r}.{did_you_mean(str(name), known)} {has}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

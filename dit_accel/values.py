@@ -74,8 +74,8 @@ def flag(field: dataclasses.Field[Any]) -> str:
     return flag or f"--{field.name.replace('_', '-')}"
 
 
-def build(kind: type, plain: Any, what: str) -> Any:
-    """A dataclass from plain values, such as YAML's; `what` is the subject of an error.
+def build(kind: type, plain: Any, subject: str) -> Any:
+    """A dataclass from plain values, such as YAML's; `subject` is that of an error's sentence.
 
     Lists become tuples, text becomes paths, mappings become dataclasses, and one value becomes a tuple of one.
 
@@ -83,9 +83,9 @@ def build(kind: type, plain: Any, what: str) -> Any:
         DitAccelError: `plain` is no mapping, a name is unknown, or the dataclass refuses a value.
     """
     if not isinstance(plain, Mapping):
-        raise DitAccelError(f"{what} needs settings by name, got {plain!r}.")
+        raise DitAccelError(f"{subject} needs settings by name, got {plain!r}.")
     hints = typing.get_type_hints(kind)
-    refuse_unknown(plain, [field.name for field in dataclasses.fields(kind)], what)
+    refuse_unknown(plain, [field.name for field in dataclasses.fields(kind)], subject)
     return kind(**{name: _converted(value, hints[name], name) for name, value in plain.items()})
 
 
@@ -94,11 +94,11 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def read_yaml(source: str, folder: Path, what: str) -> dict[str, Any]:
+def read_yaml(source: str, folder: Path, kind: str) -> dict[str, Any]:
     """The mapping in a YAML file: a path, or a name among those of `folder`, which come with the package.
 
     Raises:
-        DitAccelError: there is no such `what`, as "recipe", it cannot be read or is not YAML, or it holds no mapping.
+        DitAccelError: there is no such `kind` of file, as "recipe"; it cannot be read, is not YAML or holds no mapping.
     """
     known = names_in(folder)
     path = folder / f"{source}.yaml" if source in known else Path(source).expanduser()
@@ -106,16 +106,16 @@ def read_yaml(source: str, folder: Path, what: str) -> dict[str, Any]:
         content = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DitAccelError(
-            f"There is no {what} {source}.{did_you_mean(source, known)} Give a YAML file or one of: {', '.join(known)}."
+            f"There is no {kind} {source}.{did_you_mean(source, known)} Give a YAML file or one of: {', '.join(known)}."
         ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise DitAccelError(f"The {what} {source} cannot be read: {first_line(error)}.") from error
+        raise DitAccelError(f"The {kind} {source} cannot be read: {first_line(error)}.") from error
     except RecursionError as error:
-        raise DitAccelError(f"The {what} {source} is nested too deeply. Write its lists and mappings flat.") from error
+        raise DitAccelError(f"The {kind} {source} is nested too deeply. Write its lists and mappings flat.") from error
     except ValueError as error:
-        raise DitAccelError(f"The {what} {source} is not YAML: {' '.join(str(error).split())}.") from error
+        raise DitAccelError(f"The {kind} {source} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
-        raise DitAccelError(f"The {what} {source} should hold keys and values, such as model: demo; got {content!r}.")
+        raise DitAccelError(f"The {kind} {source} should hold keys and values, such as model: demo; got {content!r}.")
     return content
 
 

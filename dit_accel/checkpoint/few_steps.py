@@ -137,9 +137,9 @@ def _with_defaults(kind: type, call: Mapping[str, Any], sampler: Sampler | None)
 
     @functools.wraps(inner)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        told = signature.bind_partial(self, *args, **kwargs).arguments | kwargs
-        missing = {name: value for name, value in call.items() if name not in told}
-        with _noise_from(getattr(self, "scheduler", None), told.get("generator")):
+        arguments = signature.bind_partial(self, *args, **kwargs).arguments | kwargs
+        missing = {name: value for name, value in call.items() if name not in arguments}
+        with _noise_from(getattr(self, "scheduler", None), arguments.get("generator")):
             return inner(self, *args, **kwargs, **missing)
 
     __call__.__signature__ = signature.replace(parameters=changed)  # type: ignore[attr-defined]

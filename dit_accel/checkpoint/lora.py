@@ -180,10 +180,10 @@ def apply(
             missing or damaged.
     """
     try:
-        told = {key: value for key, value in record.items() if key != "lora_sha256"}
-        if told.get("sampler") is not None:
-            told["sampler"] = values.build(Sampler, told["sampler"], "sampler")
-        trained = values.build(Trained, told, "trained")
+        fields = {key: value for key, value in record.items() if key != "lora_sha256"}
+        if fields.get("sampler") is not None:
+            fields["sampler"] = values.build(Sampler, fields["sampler"], "sampler")
+        trained = values.build(Trained, fields, "trained")
     except DitAccelError as error:
         raise DitAccelError(f"{path} was changed. Its fine-tuning: {error} Save the accelerator again.") from error
     for name, transformer in () if any_weights else transformers.items():

@@ -115,9 +115,9 @@ def detect(files: WeightFiles) -> Format:
     if len(fitting) == 1:
         return fitting[0]
     first = next(iter(files.first.tensors), "no tensor at all")
-    what = f"of several formats ({', '.join(known.name for known in fitting)})" if fitting else "of no known format"
+    formats = f"of several formats ({', '.join(known.name for known in fitting)})" if fitting else "of no known format"
     raise DitAccelError(
-        f"{files.name} holds no saved accelerator, and its weights are {what}; they start with {first}. "
+        f"{files.name} holds no saved accelerator, and its weights are {formats}; they start with {first}. "
         f"`dit-accel ls formats` lists: {', '.join(get_formats())}."
     )
 

@@ -73,8 +73,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         levels = torch.tensor([*config.sigmas[:steps], 0.0], dtype=torch.float64)
         dataward = config.dataward
         scaled = 1 - levels[:-1].float() if dataward else (TRAINING_STEPS * levels[:-1]).to(torch.bfloat16)
-        told = scaled if config.timesteps is None else torch.tensor(config.timesteps[:steps])
-        self.sigmas, self.timesteps = levels.float().to(device), told.float().to(device)
+        timesteps = scaled if config.timesteps is None else torch.tensor(config.timesteps[:steps])
+        self.sigmas, self.timesteps = levels.float().to(device), timesteps.float().to(device)
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Begin a trajectory.

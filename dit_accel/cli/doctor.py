@@ -168,15 +168,15 @@ def _weights(path: Path, settings: tuple[str, ...], model: str | None, revision:
         candidate = Candidate.read(path, settings)
         parts = {} if model is None else transformers_of(sources.find(model, revision))
         if candidate.published is None and candidate.folder is not None:
-            what = "a saved accelerator"
+            content = "a saved accelerator"
             if parts:
                 checkpoint.check_identity(path, checkpoint.read(path).models, checkpoint.identify(parts))
         elif candidate.published is None:
-            what = "a setting without weights"
+            content = "a setting without weights"
         else:
             assert candidate.folder is not None
             files = weight_files.open_weights(candidate.folder, str(path))
-            what = (
+            content = (
                 f"{published.detect(files).name}, {sum(len(index.tensors) for index in files.models.values())} tensors"
             )
             if parts:
@@ -185,7 +185,7 @@ def _weights(path: Path, settings: tuple[str, ...], model: str | None, revision:
         return Finding(subject, False, str(error))
     call = ", ".join(f"{name}={value}" for name, value in candidate.call.items())
     fits = f"; fits {model}" if model else ""
-    return Finding(subject, True, f"{what}: {candidate.title}{f'; calls with {call}' if call else ''}{fits}")
+    return Finding(subject, True, f"{content}: {candidate.title}{f'; calls with {call}' if call else ''}{fits}")
 
 
 def transformers_of(source: Source) -> dict[str, Any]:

@@ -134,7 +134,7 @@ class Sweep:
         self,
         candidate: Candidate,
         item: PromptSeed,
-        what: str,
+        subject: str,
         settings: dict[str, Any],
         record: Callable[[Accelerator, Callable[[], Any]], dict[str, Any]],
         folder: Path,
@@ -146,12 +146,12 @@ class Sweep:
         """
         path = folder / f"{key_of({'sample': self.key(candidate, item), **settings})}.json"
         if not path.exists():
-            arguments, title = self.arguments(candidate) | {"prompt": item.prompt}, f"{what} of {candidate.label}"
+            arguments, title = self.arguments(candidate) | {"prompt": item.prompt}, f"{subject} of {candidate.label}"
             bar = None if whole is None else whole.progress
             with candidate.apply(self.pipe) as accel:
                 observed = record(accel, lambda: sample(self.pipe, arguments, item.seed, title, self.device, bar))
             replace_file(path, json.dumps(observed, allow_nan=False).encode())
-        return read_json(path, f"record of {what}", "Delete it and run again.")
+        return read_json(path, f"record of {subject}", "Delete it and run again.")
 
     def _is_there(self, candidate: Candidate, key: str) -> bool:
         """Whether a sample needs no work: its row is known and its frames are whole, or the cache has both."""

@@ -313,8 +313,8 @@ class ModelRequest(SourceOptions, SamplingOptions, MemoryOptions):
 
     def rate(self, kind: type, source: Source, arguments: Mapping[str, Any]) -> int:
         """Frames a second of the videos: from --fps, the call's argument, or the model."""
-        told = setup.default_of(kind, arguments, "frame_rate", "fps")
-        return self.fps or (round(told) if isinstance(told, int | float) else source.fps)
+        frame_rate = setup.default_of(kind, arguments, "frame_rate", "fps")
+        return self.fps or (round(frame_rate) if isinstance(frame_rate, int | float) else source.fps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

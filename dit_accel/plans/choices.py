@@ -23,7 +23,7 @@ def _facts(gpu: str | None, head_dim: int, dtype: torch.dtype) -> Facts:
     return Facts(device, dtype, head_dim, capability=capability)
 
 
-_TOLD: set[Choice] = set()  # what `start` has warned of
+_WARNED: set[Choice] = set()  # in this process
 
 
 class Kernels(abc.ABC):
@@ -102,8 +102,8 @@ class Kernels(abc.ABC):
         choices = self.choices(Facts(device, dtype, head_dim), impl, learned)
         for choice in choices:
             impls.named(choice.name, choice.kernel).load()
-            if choice.faster is not None and choice not in _TOLD:
-                _TOLD.add(choice)
+            if choice.faster is not None and choice not in _WARNED:
+                _WARNED.add(choice)
                 how = f"plain PyTorch ({choice.name}), many times slower than kernels" if choice.plain else choice.name
                 warnings.warn(
                     f"{self.method}: its {choice.part} runs as {how} here, since {choice.faster}.",

@@ -59,11 +59,11 @@ def ends(config: Any) -> tuple[Any, ...]:
     return (config.first, config.last) if isinstance(config, Ramped) else (config,)
 
 
-def of_all_steps(config: Any, what: str) -> Any:
-    """The Config of settings without a ramp; others are refused for `what`."""
+def of_all_steps(config: Any, subject: str) -> Any:
+    """The Config of settings without a ramp; others are refused for the `subject`."""
     if isinstance(config, Ramped):
         raise DitAccelError(
-            f"{what} is the same in all steps, and {', '.join(config.names)} is a ramp. Give it one value."
+            f"{subject} is the same in all steps, and {', '.join(config.names)} is a ramp. Give it one value."
         )
     return config
 

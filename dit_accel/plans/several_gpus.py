@@ -116,15 +116,15 @@ def forecast(
     streams = [even_shares(stop - start, gpus) for start, stop in streams_of(grid, separate)]
     shares = [sum(of_process) for of_process in zip(*streams, strict=True)]
     work = []
-    for index, mine in enumerate(ranges):
-        pairs = int(between[index].sum()) + mine.visual_tokens * dense + dense * mine.tokens
-        others, around = dense - mine.dense_tokens, mine.dense_tokens
+    for index, span in enumerate(ranges):
+        pairs = int(between[index].sum()) + span.visual_tokens * dense + dense * span.tokens
+        others, around = dense - span.dense_tokens, span.dense_tokens
         keys = sum(ranges[other].visual_tokens for other in needed[index].nonzero().flatten().tolist()) + others
         # keys and values; dense queries; their partial results, of which each has a log-sum-exp
         fetched = (2 * keys + others + (ring - 1) * around) * head_dim + (ring - 1) * around
         held_by = shares[index * ulysses : (index + 1) * ulysses]
         for own_heads, held in zip(even_shares(heads, ulysses), held_by, strict=True):
-            sent = 3 * held * (heads - own_heads) + own_heads * (mine.tokens - held)
+            sent = 3 * held * (heads - own_heads) + own_heads * (span.tokens - held)
             work.append(Work(pairs * own_heads, sent * head_dim, fetched * own_heads))
     return Forecast(ulysses, ring, tuple(work), int(needed.sum()), ring * (ring - 1))
 

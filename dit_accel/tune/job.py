@@ -52,8 +52,8 @@ def run(request: TuneRequest) -> tuple[Summary, list[str]]:
         transformers = find_transformers(pipe)[0].values()
         tried, left_out = space.settings(request, opened.grid, [family for _, family in transformers], steps)
         caches, refused = ([], {}) if request.cache is not None else space.caches(pipe, steps)
-        for what, why in (left_out | refused).items():
-            print(f"left out: {what}: {why}", file=sys.stderr)
+        for text, why in (left_out | refused).items():
+            print(f"left out: {text}: {why}", file=sys.stderr)
         layers = sum(1 for transformer, family in transformers for _ in family.attentions(transformer))
         search = space.LayerSearch(request, opened, tried, steps, layers)
         if request.minutes is not None:

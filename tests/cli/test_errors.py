@@ -1,10 +1,14 @@
 """What the user can mend: one line on stderr, status 2, no traceback, and nothing written."""
 
+import errno
 import json
+import os
 
 import pytest
 from messages import says
 from PIL import Image
+
+import dit_accel
 
 SIZE = ("--frames", "5", "--height", "32", "--width", "48", "--steps", "1")
 TILE = ("--method", "tile:references=1")
@@ -157,8 +161,8 @@ def test_what_needs_no_weights_is_refused_before_they_are_loaded(
 def test_pictures(refused, demo, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
     (tmp_path / "text.png").write_text("no picture")
-    assert "takes no --image" in refused("generate", *SIZE, "--image", tmp_path / "picture.png")
-    assert "is not a picture" in refused("generate", *SIZE, "--image", tmp_path / "text.png")
+    assert says(refused("generate", *SIZE, "--image", tmp_path / "picture.png"), "WanPipeline", "--image")
+    assert says(refused("generate", *SIZE, "--image", tmp_path / "text.png"), "--image", tmp_path / "text.png")
 
 
 @pytest.mark.parametrize("verb", [("generate",), ("plan", "--method", "radial")], ids=" ".join)
@@ -167,40 +171,39 @@ class TestModels:
 
     def test_missing_folder(self, refused, verb):
         line = refused(*verb, "--model", "./no/such/folder")
-        assert line.startswith("There is no model folder ./no/such/folder. Give demo, a folder that holds")
+        assert says(line, "./no/such/folder", "demo", "model_index.json", "owner/name")
 
     def test_hub_without_network(self, refused, verb):
-        line = refused(*verb, "--model", "nobody/nothing")
-        assert "no model of that name could be fetched from the Hugging Face Hub" in line
+        assert says(refused(*verb, "--model", "nobody/nothing"), "nobody/nothing", "Hub", "`hf auth login`")
 
     def test_not_a_pipeline(self, refused, verb, tmp_path):
-        assert "holds no model_index.json" in refused(*verb, "--model", tmp_path)
+        assert says(refused(*verb, "--model", tmp_path), tmp_path, "model_index.json")
 
     def test_a_file(self, refused, verb, tmp_path):
-        (tmp_path / "model.safetensors").write_bytes(b"")
-        assert "is a file; give the folder" in refused(*verb, "--model", tmp_path / "model.safetensors")
+        weights = tmp_path / "model.safetensors"
+        weights.write_bytes(b"")
+        assert says(refused(*verb, "--model", weights), "--model", weights, "model_index.json")
 
     def test_damaged_index(self, refused, verb, tmp_path):
         (tmp_path / "model_index.json").write_text('{"transformer": ')
-        assert "model_index.json is not valid JSON" in refused(*verb, "--model", tmp_path)
+        assert says(refused(*verb, "--model", tmp_path), tmp_path / "model_index.json", "JSON")
 
     def test_missing_configuration(self, refused, verb, copy, wan_folder):
         model = copy(wan_folder)
         (model / "vae" / "config.json").unlink()
         line = refused(*verb, "--model", model)
-        assert says(line, "vae/config.json", "No such file")
+        assert says(line, "vae/config.json", os.strerror(errno.ENOENT))
 
     def test_family_that_is_not_supported(self, refused, verb, tmp_path):
         index = {"_class_name": "XPipeline", "transformer": ["diffusers", "XTransformer3DModel"]}
         (tmp_path / "model_index.json").write_text(json.dumps(index))
         line = refused(*verb, "--model", tmp_path)
-        assert "has a XTransformer3DModel" in line
-        assert "not supported: no family covers it yet. Supported families: " in line and "flux" in line
+        assert says(line, tmp_path, "XTransformer3DModel", *dit_accel.list_families())
 
     def test_model_without_a_transformer(self, refused, verb, tmp_path):
         index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
         (tmp_path / "model_index.json").write_text(json.dumps(index))
-        assert "has no transformer" in refused(*verb, "--model", tmp_path)
+        assert says(refused(*verb, "--model", tmp_path), tmp_path, "transformer")
 
 
 class TestWeights:
@@ -218,19 +221,19 @@ class TestWeights:
         (weights,) = (model / component).glob("*.safetensors")
         content = weights.read_bytes()
         weights.write_bytes(content[: int(len(content) * share)])
-        assert "damaged or cut short" in run()
+        assert says(run(), weights)
 
     def test_missing_safetensors(self, generate, caplog):
         model, run = generate
         next((model / "transformer").glob("*.safetensors")).unlink()
-        assert f"Cannot load {model}: " in run()
+        assert says(run(), model)
         assert caplog.messages == []  # where a library's log goes to stderr, these are further lines
 
     def test_pickles_are_not_read(self, generate):
         model, run = generate
         weights = next((model / "transformer").glob("*.safetensors"))
         weights.rename(weights.with_suffix(".bin"))
-        assert f"Cannot load {model}: " in run()
+        assert says(run(), model)
 
     def test_code_of_the_model_is_not_run(self, generate):
         model, run = generate
@@ -238,32 +241,32 @@ class TestWeights:
         index["vae"] = ["own_code", "OwnCodec"]
         (model / "model_index.json").write_text(json.dumps(index))
         (model / "vae" / "own_code.py").write_text("raise SystemExit('the code of the model ran')")
-        assert f"Cannot load {model}: " in run()
+        assert says(run(), model)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.webm", "should end in .mp4 or .gif"),
-        ("a.png", "should end in .mp4 or .gif"),
-        ("folder.mp4", "is a folder"),
-        ("file/a.mp4", "cannot be written"),
+        ("a.webm", ".mp4 .gif"),
+        ("a.png", ".mp4 .gif"),
+        ("folder.mp4", "folder"),
+        ("file/a.mp4", os.strerror(errno.ENOTDIR)),
     ],
 )
 def test_outputs(refused, demo, tmp_path, name, message):
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "file").write_text("")
-    assert message in refused("generate", *SIZE, "--output", tmp_path / name)
+    assert says(refused("generate", *SIZE, "--output", tmp_path / name), "--output", tmp_path / name, message)
 
 
 def test_read_only_folder(refused, demo):
-    assert "cannot be written" in refused("generate", *SIZE, "--output", "/proc/a.mp4")
+    assert says(refused("generate", *SIZE, "--output", "/proc/a.mp4"), "--output", "/proc/a.mp4")
 
 
 def test_a_video_is_no_image_model(refused, flux_folder, tmp_path):
     options = ("--model", flux_folder, "--height", 32, "--width", 32)
-    assert "should end in .png" in refused("generate", *options, "--output", tmp_path / "a.mp4")
-    assert "makes images" in refused("generate", *options, "--frames", 5)
+    assert says(refused("generate", *options, "--output", tmp_path / "a.mp4"), "--output", tmp_path / "a.mp4", ".png")
+    assert says(refused("generate", *options, "--frames", 5), "frames", 5)
 
 
 class TestSaved:
@@ -280,19 +283,19 @@ class TestSaved:
 
     def test_another_model(self, refused, saved, wan_folder, tmp_path):
         line = refused("generate", *SIZE, "--model", wan_folder, "--load", saved, "--output", tmp_path / "a.mp4")
-        assert "was saved for" in line
+        assert says(line, saved, "WanTransformer3DModel")
 
     def test_truncated(self, refused, saved, tmp_path):
         (weights,) = saved.glob("*.safetensors")
         weights.write_bytes(weights.read_bytes()[:100])
-        line = refused("generate", *SIZE, "--load", saved, "--output", tmp_path / "a.mp4")
-        assert "truncated or damaged" in line
+        assert says(refused("generate", *SIZE, "--load", saved, "--output", tmp_path / "a.mp4"), weights)
 
     def test_not_one(self, refused, demo, tmp_path):
-        assert "holds no saved accelerator" in refused("generate", *SIZE, "--load", tmp_path)
+        assert says(refused("generate", *SIZE, "--load", tmp_path), tmp_path, ".safetensors")
 
     def test_with_another_method(self, refused, saved):
-        assert "Leave out --method" in refused("generate", *SIZE, "--load", saved, "--method", "radial")
+        line = refused("generate", *SIZE, "--load", saved, "--method", "radial")
+        assert says(line, "--load", saved, "--method")
 
 
 @pytest.mark.parametrize(
@@ -317,4 +320,4 @@ def test_plan_options(refused, demo, options, message):
 def test_a_size_that_the_pipeline_would_refuse_is_refused_by_both(refused, demo, tmp_path, verb):
     output = ("--output", tmp_path / "a.mp4") if verb == "generate" else ()
     line = refused(verb, "--method", "radial:decay=0.2", "--model", "demo", "--height", "136", *output)
-    assert "height 136 cannot be made: this model makes multiples of 16" in line
+    assert says(line, "height", 136, 16)

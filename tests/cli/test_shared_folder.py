@@ -79,11 +79,11 @@ def test_generate(start, wan_folder, prompts, tmp_path):
     """The killed process has written an output and not yet moved its record into place."""
     folder = tmp_path / "out"
     folder.mkdir()
-    command = ["generate", "--model", wan_folder, *SMALL, "--prompts", prompts, "--output", folder / "shot.gif"]
-    assert statuses(start(KILLED, command, folder, (2, "shot-0000.json"))) == [-signal.SIGKILL]
+    arguments = ["generate", "--model", wan_folder, *SMALL, "--prompts", prompts, "--output", folder / "shot.gif"]
+    assert statuses(start(KILLED, arguments, folder, (2, "shot-0000.json"))) == [-signal.SIGKILL]
     (whole,) = contents(folder)
-    first = start(READER, command, folder, reads=True), start(LATE[0], command, folder)
-    assert statuses(*first, start(LATE[1], command, folder)) == [2, 0, 0]
+    first = start(READER, arguments, folder, reads=True), start(LATE[0], arguments, folder)
+    assert statuses(*first, start(LATE[1], arguments, folder)) == [2, 0, 0]
     names = [f"shot-{index:04d}" for index in range(len(PROMPTS))]
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["shot.jsonl", *(f"{name}.{ending}" for name in names for ending in ("gif", "json"))]
@@ -91,20 +91,21 @@ def test_generate(start, wan_folder, prompts, tmp_path):
     listed = [json.loads(line) for line in (folder / "shot.jsonl").read_text().splitlines()]
     assert [(entry["prompt"], entry["done"]) for entry in listed] == [(prompt, True) for prompt in PROMPTS]
     before = contents(folder)
-    assert whole in before and statuses(start(KILLED, command, folder)) == [0] and contents(folder) == before
+    assert whole in before and statuses(start(KILLED, arguments, folder)) == [0] and contents(folder) == before
 
 
 def test_eval(start, cli, wan_folder, prompts, tmp_path):
     """The others make what the killed process leaves, then stop; started again, they make nothing but the report."""
-    asked = ["eval", "--model", wan_folder, *SMALL, "--prompts", prompts, "--metric", "psnr", "--output"]
-    outcome = cli(*asked, tmp_path / "alone")
+    arguments = ["eval", "--model", wan_folder, *SMALL, "--prompts", prompts, "--metric", "psnr", "--output"]
+    outcome = cli(*arguments, tmp_path / "alone")
     assert outcome.status == 0, outcome.err
     folder, ranks = tmp_path / "shared", (1, READER + 1, 3, 0)
     killed, reader = ranks[:2]
 
     def together(*moment):
+        shared = [*arguments, folder]
         return statuses(
-            *(start(rank, [*asked, folder], folder, moment if rank == killed else (), rank == reader) for rank in ranks)
+            *(start(rank, shared, folder, moment if rank == killed else (), rank == reader) for rank in ranks)
         )
 
     assert together(1, f"results-{killed}.jsonl") == [-signal.SIGKILL, 2, 2, 2]
