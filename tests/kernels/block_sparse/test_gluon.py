@@ -93,9 +93,21 @@ def forward(problem, impl="gluon", dtype=None):
     return {"out": out.cpu(), "lse": lse.masked_fill(lse == float("-inf"), 0.0).cpu()}
 
 
+WANTED = {}
+
+
+def of_the_kernel(name, problem):
+    """`forward` of the kernel that a test starts with, computed once for all tests of a problem."""
+    if name not in WANTED:
+        WANTED[name] = forward(problem)
+    return WANTED[name]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_the_forward_is_within_the_budget(make_problem, case, dtype):
+    if dtype == torch.bfloat16 and not NATIVE and case not in ("text", "ragged-wide-tiles", "long"):
+        pytest.skip("bfloat16 is emulated on a few cases: the addresses and the order of events are the same")
     problem = rounded(make_problem(**CASES[case]), dtype)
     exact = forward(problem, "reference", torch.float64)
     out, lse = plain_attention(problem.q, problem.k, problem.v, problem.mask(), problem.scale)
@@ -176,8 +188,12 @@ def test_the_emulator_finds_what_is_wrong_in_the_kernel(make_problem, emulate, t
 
 
 @pytest.fixture
-def uneven(make_problem):
-    """Two samples of 7 rows of 0 to 7 steps for 3 buffers; empty rows are first, last and side by side."""
+def uneven(make_problem, monkeypatch, emulate):
+    """Two samples of 7 rows of 0 to 7 steps for 3 buffers; empty rows are first, last and side by side.
+
+    There is a program for each item, until a test says otherwise.
+    """
+    monkeypatch.setattr(gluon, "multiprocessors", lambda _: 14)
     problem = rounded(make_problem(shape=(1, 7, 128), topk=14, batch=2, **SMALL), torch.float16)
     counts = torch.tensor([[0, 1, 14, 0, 0, 4, 11], [6, 5, 2, 9, 8, 3, 0]], dtype=torch.int32)
     problem.lists[1].copy_(counts[:, None])
@@ -190,8 +206,7 @@ def test_programs_take_items_in_turn(monkeypatch, emulate, uneven, programs):
     """Whatever the number of programs and the order of events, the bits are those of one program an item."""
     exact = forward(uneven, "reference", torch.float64)
     out, lse = plain_attention(uneven.q, uneven.k, uneven.v, uneven.mask(), uneven.scale)
-    monkeypatch.setattr(gluon, "multiprocessors", lambda _: 14)
-    want = forward(uneven)
+    want = of_the_kernel("uneven", uneven)
     plain = {"out": out.nan_to_num(0.0), "lse": lse.masked_fill(lse == float("-inf"), 0.0)}
     for name, result in want.items():
         assert_accurate(name, result, plain[name], exact[name])
@@ -207,8 +222,8 @@ def test_programs_take_items_in_turn(monkeypatch, emulate, uneven, programs):
 def test_what_is_not_carried_to_the_next_item_shows(monkeypatch, emulate, uneven, tmp_path, fault):
     """In some order of events."""
     changes, signs = ITEM_FAULTS[fault]
+    want, seen = of_the_kernel("uneven", uneven), set()
     monkeypatch.setattr(gluon, "multiprocessors", lambda _: 1)
-    want, seen = forward(uneven), set()
     with calls.changed(tmp_path, MODULES, KERNEL.fn.__name__, *changes) as kernel:
         for seed in range(4):
             for order in emulator.ORDERS:
@@ -250,7 +265,7 @@ def test_values_of_another_tile_show(make_problem, emulate, tmp_path, changes, s
 
 
 # 17 of 25 key blocks have padding slots: more steps than buffers, and those that share a buffer differ
-PADDED = {"shape": (4, 10, 20), "text": 9} | SMALL | FRAMES
+PADDED = {"shape": (4, 10, 20), "query_grid": (2, 8, 24), "text": 9} | SMALL | FRAMES
 NEXT = "        mbarrier.wait(buffers.v_empty.index(stage), phase ^ 1)\n"
 PUT = """        if (i + 1) * (KEYS // BLOCK_K) > walk.listed.tabled:
             put_words(i, near, far, walk, problem, buffers, BLOCK_K, TILE_K, STAGES)
@@ -268,7 +283,7 @@ WORD_FAULTS = {
 def test_words_of_another_step_show(make_problem, emulate, tmp_path, fault):
     """In some order of events, each fault of the words in shared memory changes the result."""
     problem = rounded(make_problem(**PADDED), torch.float16)
-    want = forward(problem)
+    want = of_the_kernel("padded", problem)
     with calls.changed(tmp_path, MODULES, KERNEL.fn.__name__, *WORD_FAULTS[fault]) as kernel:
         for seed, order in enumerate(emulator.ORDERS):
             emulate(kernel, seed=seed, order=order)

@@ -297,7 +297,7 @@ def test_a_row_without_keys_is_zero(make_problem):
 def test_ten_runs_are_bit_equal(make_problem):
     problem = make_problem(shape=(2, 4, 5), method="gna", config={"window": (1, 3, 3)}, heads=1)
     first = problem.run("triton", torch.float32)
-    for _ in range(9 if NATIVE else 2):
+    for _ in range(9 if NATIVE else 1):
         for name, result in problem.run("triton", torch.float32).items():
             assert torch.equal(result, first[name]), name
 

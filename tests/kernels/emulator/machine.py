@@ -69,7 +69,7 @@ class Partition:
         self.name, self.body = name, body
         self.turn = threading.Semaphore(0)
         self.ready = None  # None: it can go on; else a function that says whether it can
-        self.where = "its start"
+        self.where = None  # the file and line at which it waits; None: at its start
         self.done = False
         self.products, self.stores = [], []
 
@@ -216,7 +216,7 @@ class Machine:
         return self.loads + [flight for flight in oldest if flight is not None]
 
     def _standstill(self):
-        stuck = [f"{p.name} at {p.where}" for p in self.partitions if not p.done]
+        stuck = [f"{p.name} at {_line(p.where)}" for p in self.partitions if not p.done]
         return "nothing can go on: " + "; ".join(stuck)
 
 
@@ -225,10 +225,16 @@ def _extent(memory: torch.Tensor) -> tuple[int, int]:
     return start, start + memory.numel() * memory.element_size()
 
 
-def _caller() -> str:
-    """The kernel's own line: of the innermost frame outside the emulator."""
+def _caller() -> tuple[str, int]:
+    """The kernel's own file and line: of the innermost frame outside the emulator."""
     frame = sys._getframe(1)
     while frame.f_code.co_filename in OWN_FILES:
         frame = frame.f_back
-    name, number = frame.f_code.co_filename, frame.f_lineno
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def _line(where: tuple[str, int] | None) -> str:
+    if where is None:
+        return "its start"
+    name, number = where
     return f"{pathlib.Path(name).name}:{number} ({linecache.getline(name, number).strip()})"

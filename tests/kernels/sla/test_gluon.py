@@ -109,6 +109,8 @@ def dense_text(monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("in_pytorch", "dense_text")
 def test_the_forward_is_within_the_budget(case, dtype):
+    if dtype == torch.bfloat16 and not NATIVE and case not in ("ragged", "tiles", "x16"):
+        pytest.skip("bfloat16 is emulated on a few cases: the addresses and the order of events are the same")
     out, plain, exact = forward(dataclasses.replace(CASES[case], dtype=dtype))
     assert out.dtype == dtype
     # where plain PyTorch leaves the range of half precision, the band alone counts

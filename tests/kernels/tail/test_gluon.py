@@ -5,6 +5,7 @@ imported; this file runs in a process of its own. The interpreter has no bfloat1
 """
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -65,8 +66,20 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def in_pytorch(monkeypatch):
+    """Pseudo-keys made by PyTorch, faster than interpreted; tests/kernels/tail/test_triton.py holds their kernel."""
+
+    def pseudo_keys(self):
+        means = (block_means(x, self.key_order).to(x.dtype) for x in self.call[1:3])
+        return PseudoKeys(*means, valid_tokens(self.key_order).float().log(), self.outside, self.key_blocks)
+
+    if not NATIVE:
+        monkeypatch.setattr(gluon.TailLaunches, "pseudo_keys", pseudo_keys)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_the_forward_is_within_the_budget(case):
+def test_the_forward_is_within_the_budget(in_pytorch, case):
     check(Case(**CASES[case]), gradients=False)
 
 
@@ -79,18 +92,6 @@ def test_in_bf16(case):
 @pytest.mark.parametrize("first_order", [False, True])
 def test_the_gradients_of_triton_go_with_it(first_order):
     check(Case(**SMALL | {"grid": TokenGrid(1, 9, 20, text=3), "impl": "gluon_triton", "first_order": first_order}))
-
-
-@pytest.fixture
-def in_pytorch(monkeypatch):
-    """Pseudo-keys made by PyTorch, faster than interpreted; tests/kernels/tail/test_triton.py holds their kernel."""
-
-    def pseudo_keys(self):
-        means = (block_means(x, self.key_order).to(x.dtype) for x in self.call[1:3])
-        return PseudoKeys(*means, valid_tokens(self.key_order).float().log(), self.outside, self.key_blocks)
-
-    if not NATIVE:
-        monkeypatch.setattr(gluon.TailLaunches, "pseudo_keys", pseudo_keys)
 
 
 def forward(case):
@@ -159,6 +160,12 @@ CONSUMER_FAULTS = {
 }  # fmt: skip
 
 
+@functools.cache
+def of_the_kernel():
+    """Its results for `LONG`, of the kernel that a test starts with."""
+    return forward(Case(**LONG))
+
+
 def signs(emulate, kernel, want):
     """What is wrong in some order of events: an emulator's sentence, or another result."""
     seen = set()
@@ -177,7 +184,7 @@ def signs(emulate, kernel, want):
 @pytest.mark.skipif(NATIVE, reason="what hangs here would hang a GPU")
 @pytest.mark.parametrize("fault", [*PRODUCER_FAULTS, *CONSUMER_FAULTS])
 def test_the_emulator_finds_what_is_wrong_in_the_kernel(emulate, in_pytorch, tmp_path, fault):
-    want = forward(Case(**LONG))
+    want = of_the_kernel()
     changes, known = (PRODUCER_FAULTS | CONSUMER_FAULTS)[fault]
     with calls.changed(tmp_path, (engine, gluon_forward), KERNEL, *changes) as kernel:
         seen = signs(emulate, kernel, want)
