@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -100,14 +101,14 @@ class Bench:
         peer = self._peer(problem, row, gradients=gradients) if self.peer else None
         if isinstance(peer, dict) and "call" in peer:
             calls["peer"] = peer.pop("call")
-        taken = alternate(calls, self.seconds, self.device)
+        milliseconds = alternate(calls, self.seconds, self.device)
         if self.profile is not None:
             with self.profile.open("a", encoding="utf-8") as file:
                 file.write(f"{row.name}\n{profile(calls['sparse'], self.device)}\n")
-        times = quantiles(taken["sparse"])
-        baseline = statistics.median(taken["dense"])
-        if peer is not None and "peer" in taken:
-            peer["ms_p50"] = statistics.median(taken["peer"])
+        times = quantiles(milliseconds["sparse"])
+        baseline = statistics.median(milliseconds["dense"])
+        if peer is not None and "peer" in milliseconds:
+            peer["ms_p50"] = statistics.median(milliseconds["peer"])
             peer["speedup"] = baseline / peer["ms_p50"]
         plan, density = problem.plan, _density(problem)
         operations = 2 * PRODUCTS[row.direction] * row.shape.head_dim * density * plan.grid.tokens**2
@@ -125,7 +126,7 @@ class Bench:
             "impl_asked": self.impl,
             "impl_reason": reason,
             **times,
-            "rounds": len(taken["sparse"]),
+            "rounds": len(milliseconds["sparse"]),
             "tflops_kept": operations * row.shape.heads / times["ms_p50"] / 1e9,
             "baseline": dense_name,
             "baseline_ms_p50": baseline,
@@ -149,10 +150,11 @@ class Bench:
             for name in DENSE_BACKENDS:
                 try:
                     call = prepare(problem, _dense(name), row.direction, weights=False)
-                    taken = alternate({name: call}, 0, self.device, 1)[name]
-                    if taken[0] <= SLOWER * min((t for t in tried.values() if isinstance(t, float)), default=taken[0]):
-                        taken = alternate({name: call}, TRIAL_SECONDS, self.device, TRIAL_ROUNDS)[name]
-                    tried[name] = statistics.median(taken)
+                    milliseconds = alternate({name: call}, 0, self.device, 1)[name]
+                    fastest = min((t for t in tried.values() if isinstance(t, float)), default=math.inf)
+                    if milliseconds[0] <= SLOWER * fastest:
+                        milliseconds = alternate({name: call}, TRIAL_SECONDS, self.device, TRIAL_ROUNDS)[name]
+                    tried[name] = statistics.median(milliseconds)
                 except RuntimeError as error:  # of a back end that does not take the call
                     tried[name] = first_line(error)
             timed = {name: outcome for name, outcome in tried.items() if isinstance(outcome, float)}

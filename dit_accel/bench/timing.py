@@ -27,16 +27,16 @@ def alternate(
         least: number of rounds, even if they take longer.
     """
     once = _gpu_clock(device) if device.type == "cuda" else _clock
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    milliseconds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         once(call)
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < least or time.perf_counter() < end:
         for name, call in calls.items():
-            taken[name].append(once(call))
+            milliseconds[name].append(once(call))
         rounds += 1
-    return taken
+    return milliseconds
 
 
 def profile(call: Call, device: torch.device) -> str:

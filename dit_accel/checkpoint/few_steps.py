@@ -87,7 +87,7 @@ def install(pipeline: Any, call: Mapping[str, Any], sampler: Sampler | None) -> 
     kind = type(pipeline)
     takes = set(inspect.signature(kind.__call__).parameters)
     if hasattr(pipeline, "blocks"):  # a modular pipeline, whose blocks say what a call takes
-        takes |= {taken.name for taken in pipeline.blocks.inputs}
+        takes |= {parameter.name for parameter in pipeline.blocks.inputs}
     call = {name: value for name, value in call.items() if name in takes}
     notes = [f"calls default to {', '.join(f'{name}={value}' for name, value in call.items())}"] if call else []
     with contextlib.ExitStack() as undo:
@@ -122,8 +122,8 @@ def _set_scheduler(pipeline: Any, name: str, scheduler: Any) -> None:
         setattr(pipeline, name, scheduler)
 
 
-def _restore_scheduler(pipeline: Any, name: str, ours: Any, old: Any) -> None:
-    if getattr(pipeline, name) is ours:
+def _restore_scheduler(pipeline: Any, name: str, installed: Any, old: Any) -> None:
+    if getattr(pipeline, name) is installed:
         _set_scheduler(pipeline, name, old)
 
 

@@ -28,12 +28,12 @@ def parameters(kind: type, inputs: Iterable[str]) -> dict[str, inspect.Parameter
 
     blocks = getattr(diffusers, kind.default_blocks_name)()  # type: ignore[attr-defined]
     parameters_by_name = {}
-    for taken in blocks.get_execution_blocks(**dict.fromkeys(inputs, True)).inputs:
-        if taken.name is not None:
-            default = inspect.Parameter.empty if taken.required and taken.default is None else taken.default
-            hint = taken.type_hint or (Any if taken.default is None else type(taken.default))
-            parameters_by_name[taken.name] = inspect.Parameter(
-                taken.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
+    for parameter in blocks.get_execution_blocks(**dict.fromkeys(inputs, True)).inputs:
+        if parameter.name is not None:
+            default = inspect.Parameter.empty if parameter.required and parameter.default is None else parameter.default
+            hint = parameter.type_hint or (Any if parameter.default is None else type(parameter.default))
+            parameters_by_name[parameter.name] = inspect.Parameter(
+                parameter.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
             )
     return parameters_by_name
 

@@ -116,8 +116,8 @@ class TailedPlan(RoutedPlan):
         if single is None:
             return sizes.expand(len(call.rows), -1)
         block = self.block_of(self.key_order).to(single.device)
-        taken = sizes.new_zeros(len(single), len(sizes)).index_add(1, block, single[:, self.grid.visual_rows].to(sizes))
-        return sizes - taken
+        visual = single[:, self.grid.visual_rows].to(sizes)
+        return sizes - sizes.new_zeros(len(single), len(sizes)).index_add(1, block, visual)
 
     def in_tail(self, call: SampledQueries, head: int) -> Tensor:
         """Whether a key block is in the tail of a query: bool [S, key blocks]."""

@@ -173,7 +173,7 @@ def budgeted(table: Table, budget: float) -> list[int | None]:
     room = int(budget * RESOLUTION * layers + 1e-6)
     least = torch.full((room + 1,), float("inf"), dtype=torch.float64)  # least loss of the layers so far, by cost
     least[0] = 0
-    taken: list[torch.Tensor] = []
+    picks: list[torch.Tensor] = []
     for row in table.losses:
         best, pick = torch.full_like(least, float("inf")), torch.full((room + 1,), -1)
         for option, (cost, index) in enumerate(options):
@@ -184,10 +184,10 @@ def budgeted(table: Table, budget: float) -> list[int | None]:
             best[cost:] = torch.where(better, moved, best[cost:])
             pick[cost:] = torch.where(better, option, pick[cost:])
         least = best
-        taken.append(pick)
+        picks.append(pick)
     place = int(least.argmin())
     chosen: list[int | None] = []
-    for pick in reversed(taken):
+    for pick in reversed(picks):
         cost, index = options[int(pick[place])]
         chosen.append(index)
         place -= cost

@@ -212,19 +212,19 @@ def chromium():
     flags += ["--no-sandbox"] if os.geteuid() == 0 else []
     with contextlib.ExitStack() as stack:
         profile = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        ours, theirs = os.pipe(), os.pipe()  # commands to Chromium, answers from it
-        script = f'exec "$0" "$@" 3<&{ours[0]} 4>&{theirs[1]}'
+        commands, answers = os.pipe(), os.pipe()  # commands to Chromium, answers from it
+        script = f'exec "$0" "$@" 3<&{commands[0]} 4>&{answers[1]}'
         command = ["bash", "-c", script, program, *flags, f"--user-data-dir={profile}"]
-        browser = subprocess.Popen(command, pass_fds=(ours[0], theirs[1]), stderr=subprocess.DEVNULL)
-        os.close(ours[0])
-        os.close(theirs[1])
+        browser = subprocess.Popen(command, pass_fds=(commands[0], answers[1]), stderr=subprocess.DEVNULL)
+        os.close(commands[0])
+        os.close(answers[1])
         try:
-            yield Page(browser, ours[1], theirs[0])
+            yield Page(browser, commands[1], answers[0])
         finally:
             browser.kill()
             browser.wait()
-            os.close(ours[1])
-            os.close(theirs[0])
+            os.close(commands[1])
+            os.close(answers[0])
 
 
 @pytest.fixture
