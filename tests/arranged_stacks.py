@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import get, module, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_accel
 
@@ -54,3 +55,16 @@ def accelerated(transformer, call):
     """The output of `sol`, and where tokens were permuted."""
     with dit_accel.accelerated(transformer, "sol", **SOL) as accel:
         return run(transformer, call), set().union(*where(accel))
+
+
+class Gathers(TorchDispatchMode):
+    """The shapes of which rows were taken by one index for all samples."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens, self.shapes = tokens, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index_select.default and self.tokens & set(args[0].shape):
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))

@@ -194,7 +194,7 @@ def test_few_steps(wan_pipe):
 KINDS = {
     "wan:t2v": "mag:threshold=0.05",
     "cogvideox:1.0": "first-block:threshold=0.3",
-    "flux:t2i": "mag:threshold=0.05",
+    "flux:t2i": "steps:computed=0x2,damping=0.5",
 }
 KINDS |= {"flux2:t2i": "first-block:threshold=0.3", "qwen_image:t2i": "taylorseer:cache_interval=2"}
 

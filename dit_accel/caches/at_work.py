@@ -19,6 +19,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Family, fits_path
 
 if TYPE_CHECKING:
+    from dit_accel.caches.listed_steps import ListedCall
     from dit_accel.caches.residuals import Add
 
 BLOCK_CACHES = ("first-block", "mag", "steps")
@@ -75,6 +76,7 @@ class CacheAtWork:
         self._add_up, self._calibrate = add_up, bool(cache.config.get("calibrate"))
         self._ratios: MagRatios | None = None
         self._chosen: ChosenSteps | None = cache.build() if cache.name == "steps" else None
+        self._listed: ListedCall | None = None  # of `_chosen`, while the cache is on
         self.notes: list[str] = []
         if cache.name == "mag":
             self._ratios = mag_ratios(cache.config.get("mag_ratios"), models)
@@ -125,9 +127,9 @@ class CacheAtWork:
         )
 
     @property
-    def attached(self) -> bool:
-        """Whether the cache is on."""
-        return self._hooks is not None
+    def skips(self) -> bool:
+        """Whether it is known before the call that its blocks are skipped."""
+        return self._listed is not None and not self._listed.computes
 
     def attach(self) -> None:
         """Put the cache on. An error takes everything off again."""
@@ -143,8 +145,8 @@ class CacheAtWork:
         if not placed.hooks:
             self.detach()
             raise DitAccelError(
-                f"{self.cache} finds nothing to skip in {type(self._transformer).__name__}: its module names are not "
-                "those that Diffusers' cache looks for. Take first-block, mag or taylorseer."
+                f"{self.cache} finds nothing to skip in {type(self._transformer).__name__}: Diffusers' cache looks for "
+                "modules by name, and this model's have other names. Use first-block, mag, taylorseer or steps."
             )
         if hasattr(self._transformer, "_cache_config"):
             self._transformer._cache_config = self._config
@@ -157,8 +159,10 @@ class CacheAtWork:
         if self.cache.name in BLOCK_CACHES:
             from dit_accel.caches import residuals
 
+            if self._chosen is not None:
+                self._listed = residuals.ListedCall(self._chosen)
             config = self.cache.build() if self.cache.name == "first-block" else self._mag_config()
-            residuals.put(self._transformer, self._stack, config, self._add_up, self._chosen)
+            residuals.put(self._transformer, self._stack, config, self._add_up, self._listed)
         elif self.cache.name == "taylorseer":
             config = self._taylorseer_config()
             hooks.apply_taylorseer_cache(self._transformer, config)
@@ -173,10 +177,12 @@ class CacheAtWork:
         self._config = config
 
     def _mag_config(self) -> Any:
-        """The config before the first run, which sets the number of steps."""
-        if self._chosen is not None:
-            return self._chosen.as_mag(self._chosen.num_inference_steps or self._chosen.computed[-1] + 1)
-        assert self._ratios is not None
+        """The config before the first run, which sets the number of steps.
+
+        By that of a list of steps, which nothing reads, Diffusers' `disable_cache` knows which hooks to remove.
+        """
+        if self._ratios is None:
+            return StepCache("mag").build(mag_ratios=[1.0], num_inference_steps=1)
         steps = self.cache.config.get("num_inference_steps", len(self._ratios.cond))
         return self.cache.build(mag_ratios=list(self._ratios.cond), num_inference_steps=steps)
 
@@ -204,8 +210,8 @@ class CacheAtWork:
             or transformer.config.in_channels != transformer.config.out_channels
         ):
             raise DitAccelError(
-                f"Diffusers' SeaCache has no adapter for {type(transformer).__name__}; it has one for Wan's text to "
-                "video. Use first-block, mag or taylorseer."
+                f"sea reads the latent of Wan's text to video, and {type(transformer).__name__} has another. Use "
+                "first-block, mag, taylorseer or steps."
             )
 
     def detach(self) -> None:
@@ -216,7 +222,7 @@ class CacheAtWork:
         _OURS.discard(self._transformer)
         if self._config is not None and getattr(self._transformer, "_cache_config", None) is self._config:
             vars(self._transformer).pop("_cache_config", None)
-        self._hooks, self._hook_states, self._context = None, {}, None
+        self._hooks, self._hook_states, self._context, self._listed = None, {}, None, None
 
     @property
     def _managers(self) -> list[Any]:
@@ -234,11 +240,14 @@ class CacheAtWork:
         managers = self._managers
         context = managers[0]._context if managers else None
         theirs = None if context is self._context else context
-        if now.index is None and theirs is None:
+        if now.index is None and (theirs is None or self._listed is not None):
+            enter = ", or enter transformer.cache_context(name)" if self._listed is None else ""
             raise DitAccelError(
-                f"{self.cache.name} needs the step of each call, and nothing tells it. Accelerate the pipeline, call "
-                "set_step(i, n) before the call, or enter transformer.cache_context(name)."
+                f"{self.cache.name} needs the step of each call, and nothing tells it. Accelerate the pipeline, or "
+                f"call set_step(i, n) before the call{enter}."
             )
+        if self._listed is not None:
+            self._listed.end()
         before, self._moment = self._moment, now
         if now.index is not None:
             anew = before.index is None or now.index < before.index
@@ -253,7 +262,9 @@ class CacheAtWork:
         if self._shapes.setdefault(self._branch, now.shape) != now.shape:
             self._forget(self._branch)
             self._shapes[self._branch] = now.shape
-        if self.cache.name in ("mag", "steps") and now.index is not None:
+        if now.index is not None and self._listed is not None:
+            self._listed.begin(managers[0].get_state(), now.index)
+        elif now.index is not None and self.cache.name == "mag":
             self._lead_mag(managers[0], now)
 
     def _prepare(self, now: Moment) -> None:
@@ -278,12 +289,6 @@ class CacheAtWork:
         """Set MagCache's step and ratios: a branch may be absent in some steps, and begin in the middle (Wan 2.2)."""
         assert now.index is not None
         manager.get_state().step_index = now.index
-        if self._chosen is not None:
-            # one more step than are known keeps the residual: Diffusers forgets it behind the last
-            vars(self._config).update(
-                vars(self._chosen.as_mag(now.count or max(now.index, self._chosen.computed[-1]) + 2))
-            )
-            return
         assert self._ratios is not None
         steps = now.count or self.cache.config["num_inference_steps"]
         # one more than there are: at the last, Diffusers would print a calibration and forget it
@@ -317,6 +322,8 @@ class CacheAtWork:
 
     def count(self, ran: int, layers: int) -> None:
         """After a call: record that so many of the transformer's self-attention layers ran."""
+        if self._listed is not None:
+            self._listed.end()
         if not self._branch:
             return
         report = self._branches.setdefault(self._branch, BranchReport(self.name, self._branch))

@@ -44,7 +44,7 @@ class PlacedHooks:
         self._modules = {
             module: ("forward" in vars(module), "_diffusers_hook" in vars(module)) for module in transformer.modules()
         }
-        self._known = {id(hook) for module in self._modules for hook in _registered(module).values()}
+        self._present = {id(hook) for module in self._modules for hook in _registered(module).values()}
         self.hooks: list[PlacedHook] = []
 
     def collect(self) -> None:
@@ -53,7 +53,7 @@ class PlacedHooks:
             PlacedHook(module, name, hook, module.forward)
             for module in self._modules
             for name, hook in _registered(module).items()
-            if id(hook) not in self._known
+            if id(hook) not in self._present
         ]
         self.invalidate()
 

@@ -29,13 +29,13 @@ class BranchReport:
     steps: dict[int | None, float] = dataclasses.field(default_factory=dict)
 
     def describe(self) -> str:
-        known = [step for step in self.steps if step is not None]
-        skipped = [step for step in known if self.steps[step] < 1]
+        counted = [step for step in self.steps if step is not None]
+        skipped = [step for step in counted if self.steps[step] < 1]
         ran = sorted({self.steps[step] for step in skipped})
         text = f"{self.transformer}, {self.branch}: {self.computed} calls computed, {self.skipped} skipped"
         if skipped:
             shares = " to ".join(f"{share:.0%}" for share in dict.fromkeys((ran[0], ran[-1])))
-            text += f"; last run: steps {spans(skipped)} of {len(known)} skipped ({shares} of the layers ran)"
+            text += f"; last run: steps {spans(skipped)} of {len(counted)} skipped ({shares} of the layers ran)"
         return text
 
 

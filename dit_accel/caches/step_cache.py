@@ -9,7 +9,7 @@ Most caches are Diffusers' own, and the names of their settings are those of its
 - ``faster``: FasterCache, reuses attention outputs and the unguided half of a batch;
 - ``pab``: Pyramid Attention Broadcast, reuses attention outputs.
 
-One is ours: ``steps`` computes the steps of a list and skips all blocks in the others, as MagCache skips them.
+One is ours: ``steps`` computes the steps of a list and skips all blocks in the others.
 """
 
 from __future__ import annotations
@@ -87,15 +87,6 @@ class ChosenSteps:
     def reach(self, steps: int) -> float:
         """The share of the trend that is added so many steps later."""
         return sum(self.damping**step for step in range(1, steps + 1))
-
-    def as_mag(self, steps: int) -> Any:
-        """MagCache's config for a run of so many steps: its expected error is 0 where it skips and 9 where it runs."""
-        from diffusers.hooks import MagCacheConfig
-
-        ratios = [10.0 if step in self.computed else 1.0 for step in range(steps)]
-        return MagCacheConfig(
-            0.5, max_skip_steps=steps, retention_ratio=0, num_inference_steps=steps, mag_ratios=ratios
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -282,7 +282,8 @@ class Engine(AtWork):
             segments = layout.segments if sees_text else ()
             state.set(plan, *text, segments, ulysses=shared)
             _, state.impl, _ = last
-        self._arranged.begin(layout, call.device, self._last)
+        if self.cache is None or not self.cache.skips:
+            self._arranged.begin(layout, call.device, self._last)
         if any(state.sparse for state in self._states.values()):
             self._watch_layers()
             if self._anchors is not None:
@@ -381,8 +382,8 @@ class Engine(AtWork):
     def _count_in_step(self, call: ModelInputs, before: Step | None) -> None:
         """Tell the layers the step and the number of the call within it; what another run kept is forgotten."""
         self._step = step = self._now(call, "refresh")
-        known, self._run = self._run, self._clock.run
-        if before is None or known is not self._run or before.count != step.count or before.index > step.index:
+        last_run, self._run = self._run, self._clock.run
+        if before is None or last_run is not self._run or before.count != step.count or before.index > step.index:
             before = None
             for layer in self.layers:
                 layer.ours.stored.clear()

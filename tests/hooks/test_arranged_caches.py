@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from arranged_stacks import BUILD, SOL, call_of, of_steps, over_families, where
+from arranged_stacks import BUILD, SOL, Gathers, call_of, of_steps, over_families, where
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.hooks import FirstBlockCacheConfig
 from tiny_models import module, run
@@ -38,6 +38,18 @@ def check_cache(family, cache, schedule, in_each_layer):
 
     assert torch.equal(*in_each_layer(work))
     assert ways == [[{"layer"}, {"stack"}, {"stack"}, {"layer"}], [{"layer"}] * 4]
+
+
+def test_a_listed_step_that_is_skipped_permutes_nothing():
+    transformer = module("wan").build(layers=4)
+    with dit_accel.accelerated(transformer, "sol", cache="steps:computed=0x1", **SOL) as accel:
+        counts = []
+        for step in range(3):
+            accel.set_step(step, 3)
+            with Gathers({315}) as gathers:
+                run(transformer, call_of("wan", step))
+            counts.append(len(gathers.shapes))
+        assert counts[0] == counts[1] > counts[2] == 0
 
 
 def test_a_cache_that_keeps_what_attention_returns(in_each_layer):

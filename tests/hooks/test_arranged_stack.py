@@ -16,6 +16,7 @@ from arranged_stacks import (
     SETTINGS,
     SOL,
     TINY,
+    Gathers,
     accelerated,
     call_of,
     of_steps,
@@ -23,7 +24,6 @@ from arranged_stacks import (
     where,
 )
 from tiny_models import cast, get, module, run
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_accel
 from dit_accel.generation.finite import find_place
@@ -32,19 +32,6 @@ from dit_accel.method import MethodConfig
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.plans.routed import RoutedPlan
 from dit_accel.train.networks import TrainingNetworks
-
-
-class Gathers(TorchDispatchMode):
-    """The shapes of which rows were taken by one index for all samples."""
-
-    def __init__(self, tokens):
-        super().__init__()
-        self.tokens, self.shapes = tokens, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.index_select.default and self.tokens & set(args[0].shape):
-            self.shapes.append(tuple(args[0].shape))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", SETTINGS)

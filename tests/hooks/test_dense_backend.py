@@ -20,11 +20,11 @@ WINDOW = {"window": (3, 5, 4)}
 @pytest.fixture
 def math_calls(monkeypatch):
     """Calls of the back end `_native_math`."""
-    calls, own = [], _AttentionBackendRegistry._backends[AttentionBackendName._NATIVE_MATH]
+    calls, native = [], _AttentionBackendRegistry._backends[AttentionBackendName._NATIVE_MATH]
     monkeypatch.setitem(
         _AttentionBackendRegistry._backends,
         AttentionBackendName._NATIVE_MATH,
-        lambda **arguments: calls.append(arguments["query"].shape[1]) or own(**arguments),
+        lambda **arguments: calls.append(arguments["query"].shape[1]) or native(**arguments),
     )
     return calls
 
