@@ -222,12 +222,12 @@ def test_the_report_counts_and_explains(tiny_wan, wan_inputs):
     assert layers[0]["dense_reasons"] == {"dense_steps=1": 2, "dense_last_steps=1": 2}
     assert layers[1]["dense_reasons"] == {"dense_layers=(1,)": 10}
     assert layers[0]["density"] == density and layers[1]["density"] is None
-    assert layers[0]["kernels"] == {"portable": "the fastest on cpu"}
+    assert layers[0]["kernels"] == {"portable": "the first choice on cpu"}
     text = str(report)
     for part in (
         "12 sparse and 18 dense",
         "grid 5x7x9",
-        f"6 sparse at density {density:.4f} (portable: the fastest on cpu)",
+        f"6 sparse at density {density:.4f} (portable: the first choice on cpu)",
         "layers 1: 10 dense",
     ):
         assert part in text

@@ -365,7 +365,7 @@ def choose(facts: Facts, impl: Impl = AUTO, kernel: str = BLOCK_SPARSE) -> tuple
     for row in ranked(facts.device.type, kernel):
         obstacle = row.obstacle(facts)
         if obstacle is None:
-            return row, reasons[-1] if reasons else f"the fastest on {facts.device.type}"
+            return row, reasons[-1] if reasons else f"the first choice on {facts.device.type}"
         reasons.append(obstacle)
     raise DitAccelError(f"No implementation can compute this on {facts.device}: {'; '.join(reasons)}.")
 
