@@ -149,7 +149,7 @@ def test_linear_branch_over_several_splits(monkeypatch, feature_map):
 
 
 def test_ten_runs_are_bit_equal():
-    q, k = inputs("random", 70, torch.float32)
+    q, k = inputs("random", 70, torch.float32, heads=2 if NATIVE else 1)
     arguments = {"topk": 1, "block": 16, "weight": torch.randn(24, 24, device=DEVICE), "impl": "triton"}
     leaves = [x.requires_grad_() for x in (q, k, k.clone().detach())]
     first = None
@@ -168,7 +168,7 @@ def test_ops_are_registered_properly():
 
 @pytest.mark.parametrize("scope", ["all", "marginal"])
 def test_the_fused_op_is_registered_properly(scope):
-    q, k, v, critical, negligible, cuts, feature_map = marginal_call()
+    q, k, v, critical, negligible, cuts, feature_map = marginal_call(heads=1, tokens=35)
     state, total, _ = ops.state(k, v, cuts, Geometry.unpack(cuts).key_order.blocks, feature_map)
     weight, bias = (torch.randn(size, device=DEVICE) for size in ((24, 24), (24,)))
     leaves = (x.requires_grad_() for x in (q, k, v))
@@ -220,13 +220,13 @@ def test_the_interpreter_refuses_bfloat16():
         sparse_linear_attention(q, q, q, torch.zeros(16, 16), topk=1, block=16, impl="triton")
 
 
-def marginal_call(hot=1.0, topk=1, skip=1, block=16, block_q=None):
-    """Arguments of `marginal` over 70 tokens, the first 16 of which have keys `hot` times as large."""
+def marginal_call(hot=1.0, topk=1, skip=1, block=16, block_q=None, heads=2, tokens=70):
+    """Arguments of `marginal`; the first 16 tokens have keys `hot` times as large."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 70, 24) for _ in range(3))
+    q, k, v = (torch.randn(1, heads, tokens, 24) for _ in range(3))
     q, k = q.abs(), k.abs()
     k[:, :, :16] *= hot
-    cuts = cuts_of((1, 1, 70), block, block_q=block_q)
+    cuts = cuts_of((1, 1, tokens), block, block_q=block_q)
     lists = route(q, k, cuts, topk, skip)
     return *(x.to(DEVICE) for x in (q, k, v, *lists)), cuts.pack(), "relu"
 

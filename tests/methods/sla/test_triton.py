@@ -37,6 +37,7 @@ TRITON_CASES = {
         dim=16,
         text_lens=(2, 5),
         size=4.0,
+        heads=1,
         impl="triton",
     ),
     "wide-marginal-x4": Case(TokenGrid(1, 7, 15), MARGINAL | WIDE, size=4.0, dim=16, **ONE),
