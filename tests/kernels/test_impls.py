@@ -30,7 +30,7 @@ def chooses(name, words, facts, impl="auto", kernel=impls.BLOCK_SPARSE):
 
 def test_choice_names_its_reason(table, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert chooses("portable", "fastest cpu", CPU)
+    assert chooses("portable", "first cpu", CPU)
     assert chooses("reference", "impl='reference'", CUDA, "reference")
     assert chooses("triton", f"9.0 {CUDA.device}", CUDA)
     refused = dataclasses.replace(CUDA, block_q=24)
