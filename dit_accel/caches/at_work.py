@@ -167,8 +167,11 @@ class CacheAtWork:
             config = self._taylorseer_config()
             hooks.apply_taylorseer_cache(self._transformer, config)
         elif self.cache.name == "sea":
+            from dit_accel.caches import streams
+
             self._check_sea()
-            config = self.cache.build()
+            streams.describe(self._transformer, self._stack)
+            config = self.cache.build(raw_vision_callback=streams.latents)
             hooks.apply_sea_cache(self._transformer, config)
         else:
             config = self.cache.build(current_timestep_callback=self._now)
@@ -202,16 +205,11 @@ class CacheAtWork:
         return dataclasses.replace(config, use_lite_mode=False, **identifiers)
 
     def _check_sea(self) -> None:
-        from diffusers import WanTransformer3DModel
-
-        transformer: Any = self._transformer
-        if (
-            not isinstance(transformer, WanTransformer3DModel)
-            or transformer.config.in_channels != transformer.config.out_channels
-        ):
+        if not self._stack.latent:
+            kind = type(self._transformer).__name__
             raise DitAccelError(
-                f"sea reads the latent of Wan's text to video, and {type(transformer).__name__} has another. Use "
-                "first-block, mag, taylorseer or steps."
+                f"sea reads the latent video of Wan, ChronoEdit and HunyuanVideo. {kind} takes another input, or adds "
+                "something between its blocks. Use first-block, mag, taylorseer or steps."
             )
 
     def detach(self) -> None:

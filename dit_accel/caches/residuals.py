@@ -24,7 +24,6 @@ from diffusers.hooks import (
     apply_first_block_cache,
     apply_mag_cache,
 )
-from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.hooks.first_block_cache import _FBC_BLOCK_HOOK, _FBC_LEADER_BLOCK_HOOK, FBCBlockHook, FBCHeadBlockHook
 from diffusers.hooks.hooks import StateManager
 from diffusers.hooks.mag_cache import (
@@ -36,7 +35,7 @@ from diffusers.hooks.mag_cache import (
 from torch import nn
 
 from dit_accel.caches.listed_steps import ListedCall, ListedHead, ListedMiddle, ListedState, ListedTail
-from dit_accel.caches.streams import StreamMetadata, Tail
+from dit_accel.caches.streams import StreamMetadata, Tail, describe
 from dit_accel.pipelines.stacks import BlockStack
 
 Add = Callable[[torch.Tensor], torch.Tensor]  # sums over the processes that share a sequence
@@ -162,11 +161,7 @@ def put(
         add_up: as in `CacheAtWork`.
         listed: the calls of a list of steps, which then decides in MagCache's place.
     """
-    blocks = list(stack.blocks(transformer))
-    described = [(block, StreamMetadata(type(block), streams, stack.visual)) for _, block, streams in blocks]
-    for block, metadata in described:
-        if type(block) not in TransformerBlockRegistry._registry:
-            TransformerBlockRegistry.register(type(block), metadata)
+    described = describe(transformer, stack)
     stand_in = nn.Module()
     stand_in.blocks = nn.ModuleList([block for block, _ in described])
     first = isinstance(config, FirstBlockCacheConfig)

@@ -10,10 +10,11 @@ import inspect
 from typing import Any
 
 import torch
-from diffusers.hooks._helpers import TransformerBlockMetadata
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
-from dit_accel.pipelines.stacks import Streams
+from dit_accel.pipelines.stacks import BlockStack, Streams
 
 
 class StreamMetadata(TransformerBlockMetadata):
@@ -98,3 +99,22 @@ class Tail:
         visual, other = self.metadata.returned(output)
         pairs = [(self.visual(visual, taken[0].shape[1]), taken[0])]
         return pairs + ([(other, taken[1])] if self.both and other is not None else [])
+
+
+def describe(transformer: nn.Module, stack: BlockStack) -> list[tuple[nn.Module, StreamMetadata]]:
+    """The blocks of a stack with their streams; Diffusers' registry gets those of classes that it does not know."""
+    described = [
+        (block, StreamMetadata(type(block), streams, stack.visual)) for _, block, streams in stack.blocks(transformer)
+    ]
+    for block, metadata in described:
+        if type(block) not in TransformerBlockRegistry._registry:
+            TransformerBlockRegistry.register(type(block), metadata)
+    return described
+
+
+def latents(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """By sample, the latent video [C, T, H, W] that a call denoises: conditioning channels stand behind it."""
+    module: Any = unwrap_module(transformer)
+    call = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+    channels = module.config.out_channels or module.config.in_channels
+    return list(call["hidden_states"][:, :channels])

@@ -96,7 +96,9 @@ FAMILIES = (
         layout=hunyuan_video,
         sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 129, 720, 1280, text=256),
         stack=BlockStack(
-            {"transformer_blocks": VISUAL_FIRST, "single_transformer_blocks": VISUAL_FIRST}, by_token=TOKENS
+            {"transformer_blocks": VISUAL_FIRST, "single_transformer_blocks": VISUAL_FIRST},
+            by_token=TOKENS,
+            latent=True,
         ),
         shardings={"HunyuanVideoTransformer3DModel": HUNYUAN},
         summary="HunyuanVideo: text to video, image to video",

@@ -31,6 +31,8 @@ class BlockStack:
         by_token: arguments of the blocks that hold a row for each token, and in which axes, as in `Sharding.inputs`.
             With it, the blocks may get their visual tokens in any order: nothing is added between them. None: they get
             them in the model's order.
+        latent: the transformer's hidden_states are a latent video [B, C, T, H, W] whose first channels become its
+            output, at noise levels from 0 to 1 (a rectified flow), and nothing is added between the blocks.
     """
 
     lists: Mapping[str, Streams] = dataclasses.field(default_factory=lambda: {"transformer_blocks": VISUAL})
@@ -41,6 +43,7 @@ class BlockStack:
     both: bool = False
     last_alone: bool = False
     by_token: Mapping[str, Axes] | None = None
+    latent: bool = False
 
     def blocks(self, transformer: nn.Module) -> Iterator[tuple[str, nn.Module, Streams]]:
         """Name, module and streams of each block, in the order they run."""

@@ -129,7 +129,7 @@ def kandinsky_head_dim(attention: Any) -> int:
 
 # Wan 2.2's TI2V-5B has a timestep for each token.
 WAN = Sharding.of_blocks("blocks", rotary_emb=(1, 1), temb=At(1, dims=4))
-WAN_STACK = BlockStack({"blocks": VISUAL}, by_token=WAN.inputs["blocks.*"])
+WAN_STACK = BlockStack({"blocks": VISUAL}, by_token=WAN.inputs["blocks.*"], latent=True)
 # Unlike Diffusers' own, which shares text too and then takes no mask of it.
 LTX = Sharding.of_blocks("transformer_blocks", temb=1, image_rotary_emb=(1, 1))
 COGVIDEOX = Sharding(
