@@ -146,6 +146,11 @@ class StepCache:
         refuse_unknown(value, ["name", "config"], "a step cache")
         return cls(str(value.get("name")), value.get("config", {}))
 
+    @property
+    def breaks_graphs(self) -> bool:
+        """Whether it decides within a call, in code that `torch.compile` does not trace."""
+        return self.name in ("first-block", "mag", "taylorseer", "sea")
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `of` reads them."""
         return {"name": self.name, "config": dict(self.config)}

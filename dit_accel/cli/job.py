@@ -151,6 +151,8 @@ def prepare(request: GenerateRequest) -> GenerateJob:
         raise DitAccelError(f"--verify compares a method with dense attention. {method_advice(subject().family)}")
     if verify and request.compile:
         raise DitAccelError("--verify cannot check compiled attention. Leave out --compile for that run.")
+    if request.compile:
+        candidate.check_compiled()
     check = SelfCheck("first-call" if verify else None, request.keep_dense_above)
     check_seeds([request.seed])
     sizes = source.sizes()

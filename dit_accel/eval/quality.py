@@ -169,6 +169,8 @@ class CheckedRequest:
         grid = sizes.grid(*shape)
         for candidate in candidates:
             candidate.plans(grid)  # refuses what does not fit
+            if request.compile:
+                candidate.check_compiled()
         if request.layout is not None:
             layout.check([item.prompt for item in items], shape[0] if sizes.video else 1)
         process = ProcessRank.join(request.device)  # what one alone refuses from here on, ends the others too

@@ -133,6 +133,15 @@ class Candidate:
         plans, device = PlanCache(get_method(self.setting.method), not self.layered), torch.device("cpu")
         return [plans.get(config, grid, device) for config in self.setting.configs()]
 
+    def check_compiled(self) -> None:
+        """Refuse --compile beside a step cache that breaks graphs: each block is to be one graph."""
+        cache = None if self.setting is None else self.setting.cache
+        if cache is not None and cache.breaks_graphs:
+            raise DitAccelError(
+                f"--compile makes one graph of each block, and the step cache {cache} decides within them. Leave out "
+                "--compile, or take --cache steps, which decides before each call."
+            )
+
     def record(self) -> dict[str, Any]:
         """The setting as plain values; dense for the untouched pipeline."""
         return (self.setting or Setting.make(DENSE)).as_dict()

@@ -217,6 +217,14 @@ def test_compiled(cli, demo, tmp_path, monkeypatch):
     assert report["sparse_calls"] == report["dense_calls"] == 2
 
 
+@pytest.mark.parametrize("cache", ["first-block", "mag:threshold=0.1", "taylorseer:cache_interval=2", "sea"])
+def test_a_cache_that_breaks_graphs_is_refused_beside_compile(cache, cli, demo, tmp_path):
+    for verb, output in (("generate", "a.gif"), ("eval", "out")):
+        outcome = cli(verb, *SMALL, "--compile", "--cache", cache, "--output", tmp_path / output)
+        assert outcome.status == 2 and says(outcome.err.splitlines()[-1], "--compile", cache, "--cache steps")
+    assert not list(tmp_path.iterdir())
+
+
 def test_verify_reports_how_far_each_layer_is_from_dense(cli, demo, tmp_path):
     options = ("--method", "gna:window=0.5", "--output", tmp_path / "a.gif")
     outcome = cli("generate", *SMALL, *options, "--verify")
