@@ -54,7 +54,9 @@ class TestResults:
         outcome = evaluate("--steps", 12, "--method", "dense", *levels, "--seeds", 0)
         assert outcome.status == 0, outcome.err
         rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
-        settings = [f"dense cache=steps:computed={steps}" for steps in ("0x1x2x4x8", "0x1x2x6", "0x1x4")]
+        forecast = ",reuse=output,damping=0.6"
+        lists = (f"0x1x3x6x10{forecast}", f"0x1x3x7{forecast}", "0x1x4")
+        settings = [f"dense cache=steps:computed={steps}" for steps in lists]
         assert [row["label"] for row in rows] == ["baseline", "dense", *settings]
         assert all(row["figures"]["psnr"]["value"] != "inf" for row in rows[2:])
         outcome = evaluate("--steps", 2, *levels, "--seeds", 0, folder="few")
