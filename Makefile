@@ -23,7 +23,7 @@ OLDEST_FLAGS ?= --few
 OLDEST := $(VENV)-triton-$(OLDEST_TRITON)
 # Triton reads its interpreter's switch when it is imported, so these tests have a process of their own.
 INTERPRETED := tests/kernels/block_sparse/test_triton.py tests/kernels/block_sparse/test_triton8.py \
-	tests/kernels/block_sparse/test_gluon.py \
+	tests/kernels/block_sparse/test_gluon.py tests/kernels/block_sparse/test_gluon_items.py \
 	tests/kernels/block_sparse/test_gluon_backward.py tests/kernels/block_sparse/test_pieces.py \
 	tests/kernels/router/test_triton.py tests/kernels/sla/test_triton.py tests/kernels/sla/test_gluon.py \
 	tests/kernels/tail/test_triton.py tests/kernels/tail/test_gluon.py tests/methods/sla/test_triton.py tests/pipelines/test_rows.py \

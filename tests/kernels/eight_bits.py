@@ -58,7 +58,7 @@ def samples(problem, means=None):
     for b, place in enumerate(read_placements(geometry, len(problem.q), problem.k.shape[2], problem.segments())):
         rows = query_placement(geometry, place).positions(geometry.query_order.grid)
         valid = torch.arange(grid.tokens) < grid.visual + grid.conditioning + place.text_len
-        columns, own = place.positions(grid)[valid], blocks[valid]
+        columns, column_blocks = place.positions(grid)[valid], blocks[valid]
         for h in range(problem.q.shape[1]):
             seen = (mask[b, h] if mask.ndim == 4 else mask)[:, valid]
             # a scale below 0 is moved into q, so that ties fall to the same side
@@ -67,8 +67,8 @@ def samples(problem, means=None):
             v = problem.v[b, h][columns].double()
             mean = k.mean(0) if means is None else means[b * len(problem.q[0]) + h, : k.shape[1]]
             centred = (k - mean).abs().amax(-1)
-            peaks = torch.zeros(geometry.key_order.blocks).scatter_reduce(0, own, centred, "amax")
-            peak_q, peak_k = q.abs().amax(-1, keepdim=True), peaks[own, None]
+            peaks = torch.zeros(geometry.key_order.blocks).scatter_reduce(0, column_blocks, centred, "amax")
+            peak_q, peak_k = q.abs().amax(-1, keepdim=True), peaks[column_blocks, None]
             yield b, h, Sample(q, k, v, seen, rows, columns, peak_q, peak_k, mean)
 
 

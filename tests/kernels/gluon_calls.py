@@ -24,6 +24,7 @@ NATIVE = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 
 SOMEWHERE = pytest.mark.skipif(
     not INTERPRETED and not NATIVE, reason="needs TRITON_INTERPRET=1 or a GPU of compute capability 9.0"
 )
+_RESULTS = {}
 
 
 class Emulated:
@@ -57,6 +58,20 @@ def rounded(problem, dtype):
     """A block-sparse problem of this folder's tests in another dtype."""
     tensors = {name: getattr(problem, name).to(dtype) for name in ("q", "k", "v", "grad_out", "grad_lse")}
     return dataclasses.replace(problem, **tensors)
+
+
+def forward(problem, impl="gluon", dtype=None):
+    """Output and LSE of a block-sparse problem, on the CPU; the LSE is 0 in rows without keys."""
+    here = problem.to("cuda") if NATIVE and impl == "gluon" else problem
+    out, lse = here.call(impl, dtype, return_lse=True)
+    return {"out": out.cpu(), "lse": lse.masked_fill(lse == float("-inf"), 0.0).cpu()}
+
+
+def forward_once(name, problem):
+    """`forward` of the kernel that a test starts with, computed once for all tests of the problem of this name."""
+    if name not in _RESULTS:
+        _RESULTS[name] = forward(problem)
+    return _RESULTS[name]
 
 
 @contextlib.contextmanager

@@ -60,22 +60,22 @@ class Binaries:
 
 @pytest.fixture
 def binaries(monkeypatch):
-    found = Binaries()
+    compiled = Binaries()
 
     def run(kernel, programs, arguments, constants, itemsize):
-        found.launch(block_sparse.JIT[kernel], arguments, {**constants, "STEP": 32, "num_warps": 4})
+        compiled.launch(block_sparse.JIT[kernel], arguments, {**constants, "STEP": 32, "num_warps": 4})
 
     def run_sla(kernel, programs, arguments, constants):
         kernel = sla.JIT[kernel]
         step = {"STEP": 32} if "STEP" in kernel.arg_names else {}
-        found.launch(kernel, arguments, {**constants, **step, "num_warps": 4})
+        compiled.launch(kernel, arguments, {**constants, **step, "num_warps": 4})
 
     monkeypatch.setattr(block_sparse, "INTERPRETED", True)  # no device is asked for
     monkeypatch.setattr(block_sparse, "run", run)
-    monkeypatch.setattr(block_sparse, "partial_words_kernel", found.standing_in(block_sparse.partial_words_kernel))
-    monkeypatch.setattr(triton_places, "place_lists_kernel", found.standing_in(triton_places.place_lists_kernel))
+    monkeypatch.setattr(block_sparse, "partial_words_kernel", compiled.standing_in(block_sparse.partial_words_kernel))
+    monkeypatch.setattr(triton_places, "place_lists_kernel", compiled.standing_in(triton_places.place_lists_kernel))
     monkeypatch.setattr(sla, "_run", run_sla)
-    return found
+    return compiled
 
 
 def tensors(tokens, heads=2, device="cpu"):
@@ -98,8 +98,8 @@ def test_block_sparse_kernels_are_compiled_once(binaries, text, tables):
         lists = torch.nn.functional.pad(lists, (0, blocks - len(lists), 0, blocks - len(lists)))
         counts = torch.nn.functional.pad(counts, (0, blocks - len(counts)))
         sizes = geometry.Geometry((1, 1, tokens), (1, 1, tokens), BLOCK, BLOCK, None, None, 0, text, own_queries=False)
-        given = geometry.BlockLists(lists, counts, tables=tables)
-        call = BlockSparseInputs(q, k, v, given, geometry.Segments(), sizes, 0.125)
+        block_lists = geometry.BlockLists(lists, counts, tables=tables)
+        call = BlockSparseInputs(q, k, v, block_lists, geometry.Segments(), sizes, 0.125)
         out, lse = block_sparse.forward(call)
         block_sparse.backward(grad, lse, out, lse, call)
     assert {name: len(keys) for name, keys in binaries.keys.items()} == {
@@ -116,9 +116,9 @@ def test_sla_kernels_are_compiled_once(binaries):
         sizes = geometry.Geometry((1, 1, tokens), (1, 1, tokens), BLOCK, BLOCK, None, None, 0, 0, own_queries=True)
         lists = (torch.zeros(1, 2, sizes.key_order.blocks, 1, dtype=torch.int32) for _ in range(2))
         *whole, _ = sla.state(k, v, sizes.key_order, "softmax")
-        given = *whole, *lists, weight, text_len
+        inputs = *whole, *lists, weight, text_len
         for scope in LINEAR_SCOPES:
-            call = sla.FusedArguments(sizes, 0.125, "softmax", scope, *given)
+            call = sla.FusedArguments(sizes, 0.125, "softmax", scope, *inputs)
             for training in (False, True):
                 _, *saved = sla.forward(q, k, v, bias, call, training)
             saved[-1].zero_()  # modes, which are read

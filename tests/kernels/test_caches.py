@@ -23,17 +23,17 @@ def cached_on_devices(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and any(map(caching, node.decorator_list)):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            if any("device" in f"{each.arg} {ast.unparse(each.annotation or ast.Constant(0))}" for each in arguments):
+            if any("device" in f"{x.arg} {ast.unparse(x.annotation or ast.Constant(0))}" for x in arguments):
                 yield node.name, ast.unparse(node.returns) if node.returns else ""
 
 
 def test_cached_functions_of_a_device_return_no_tensors():
-    found = {
+    cached = {
         f"{path.relative_to(PACKAGE)}:{name}": returns
         for path in sorted(PACKAGE.rglob("*.py"))
         for name, returns in cached_on_devices(path.read_text(encoding="utf-8"))
     }
-    assert found == {"kernels/block_sparse/triton.py:_candidates": "tuple[Launch, ...]"}
+    assert cached == {"kernels/block_sparse/triton.py:_candidates": "tuple[Launch, ...]"}
 
 
 def test_a_cached_tensor_is_found():

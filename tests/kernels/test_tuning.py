@@ -104,10 +104,10 @@ def test_a_launch_like_an_earlier_one_runs_its_binary(device):
     ],
 )
 def test_another_launch_has_a_binary_of_its_own(device, other):
-    given = {"x": torch.zeros(64)}
-    start(**given)
-    start(**given | other)
-    start(**given)
+    arguments = {"x": torch.zeros(64)}
+    start(**arguments)
+    start(**arguments | other)
+    start(**arguments)
     binaries = [launched[0] for launched in device.launched]
     assert binaries[0] == binaries[2] != binaries[1]
 

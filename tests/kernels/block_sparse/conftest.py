@@ -1,5 +1,6 @@
 """Block-sparse problems for all tests of this folder."""
 
+import collections
 import dataclasses
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ from block_sparse_calls import block_sparse_attention
 from roundings import gradient_sizes
 
 import dit_accel
+from dit_accel.kernels import impls, obstacles
 from dit_accel.kernels.block_sparse import reference
 from dit_accel.kernels.block_sparse.geometry import (
     BlockLists,
@@ -164,8 +166,8 @@ def make_problem() -> Callable[..., Problem]:
             lists, partial = (mask.kv_indices, mask.kv_counts), mask.partial
             if per_head:
                 places = torch.arange(batch * heads)[:, None] % mask.kv_counts.clamp(min=1)
-                kept = torch.arange(mask.kv_indices.shape[-1]) != places[..., None]
-                order = kept.int().sort(dim=-1, descending=True, stable=True).indices.unflatten(0, (batch, heads))
+                remaining = torch.arange(mask.kv_indices.shape[-1]) != places[..., None]
+                order = remaining.int().sort(dim=-1, descending=True, stable=True).indices.unflatten(0, (batch, heads))
                 indices, partial = (x.expand(order.shape).gather(-1, order) for x in (mask.kv_indices, partial))
                 lists = indices, (mask.kv_counts - 1).clamp(min=0).expand(order.shape[:-1]).contiguous()
             used = torch.arange(partial.shape[-1]) < lists[1][..., None]
@@ -183,3 +185,27 @@ def make_problem() -> Callable[..., Problem]:
         return Problem(q * size, k * size, v * size, lists, options, grad_out, grad_lse)
 
     return make
+
+
+@pytest.fixture
+def emulate(monkeypatch):
+    """Runs the forward of "gluon" under the emulator, where no GPU runs it.
+
+    A test may ask for an order of events or a kernel.
+    """
+    calls = pytest.importorskip("gluon_calls")
+    gluon = pytest.importorskip("dit_accel.kernels.block_sparse.gluon.launches")
+    triton = pytest.importorskip("dit_accel.kernels.block_sparse.triton")
+    stock = gluon.block_sparse_gluon_fwd_kernel
+
+    def use(kernel=stock, **options):
+        monkeypatch.setattr(gluon, "block_sparse_gluon_fwd_kernel", calls.Emulated(kernel, **options))
+
+    if not calls.NATIVE:
+        monkeypatch.setattr(gluon, "multiprocessors", lambda _: 2)
+        for row in (impls.named("gluon"), impls.named("gluon_triton")):
+            key = row.kernel, row.name
+            monkeypatch.setitem(impls._TABLE, key, dataclasses.replace(row, cannot=obstacles.nothing))
+        monkeypatch.setattr(triton, "partial_words_kernel", collections.defaultdict(lambda: calls.write_words))
+        use()
+    return use

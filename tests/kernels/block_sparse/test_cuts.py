@@ -66,8 +66,8 @@ def test_attention_over_parts_is_attention_over_blocks(orders, monkeypatch):
     want = attend_blocks(q, k, v, lists, geometry, lse=True, impl="reference")
     row = dataclasses.replace(impls.named("reference"), cuts={"block_q": 8, "block_k": 4})
     monkeypatch.setitem(impls._TABLE, (row.kernel, row.name), row)
-    for found, wanted in zip(attend_blocks(q, k, v, lists, geometry, lse=True, impl="reference"), want, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
+    for result, wanted in zip(attend_blocks(q, k, v, lists, geometry, lse=True, impl="reference"), want, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=1e-13, atol=1e-13)
 
 
 def test_whole_blocks_of_a_static_plan_are_cut():

@@ -4,7 +4,6 @@ The bits of partial blocks are Triton's, so that ``TRITON_INTERPRET=1`` must be 
 imported; `make test` runs this file in a process of its own.
 """
 
-import collections
 import dataclasses
 
 import pytest
@@ -18,32 +17,15 @@ from dit_accel.kernels import impls, obstacles
 
 gluon_forward = pytest.importorskip("dit_accel.kernels.block_sparse.gluon.forward")
 gluon = pytest.importorskip("dit_accel.kernels.block_sparse.gluon.launches")
-triton = pytest.importorskip("dit_accel.kernels.block_sparse.triton")
 emulator = pytest.importorskip("emulator")
 calls = pytest.importorskip("gluon_calls")
 FRAMES, SMALL, WIDE, NATIVE, rounded = calls.FRAMES, calls.SMALL, calls.WIDE, calls.NATIVE, calls.rounded
-pytestmark = calls.SOMEWHERE
+forward, forward_once = calls.forward, calls.forward_once
+pytestmark = [calls.SOMEWHERE, pytest.mark.usefixtures("emulate")]
 DTYPES = [torch.float16, torch.bfloat16]
 KERNEL = gluon_forward.block_sparse_gluon_fwd_kernel
 SOURCES = ("items", "producer", "forward")
 MODULES = [pytest.importorskip(f"dit_accel.kernels.block_sparse.gluon.{name}") for name in SOURCES]
-
-
-@pytest.fixture(autouse=True)
-def emulate(monkeypatch):
-    """Runs "gluon" under the emulator, where no GPU runs it; a test may ask for an order of events or a kernel."""
-
-    def use(kernel=KERNEL, **options):
-        monkeypatch.setattr(gluon, "block_sparse_gluon_fwd_kernel", calls.Emulated(kernel, **options))
-
-    if not NATIVE:
-        monkeypatch.setattr(gluon, "multiprocessors", lambda _: 2)
-        for row in (impls.named("gluon"), impls.named("gluon_triton")):
-            key = row.kernel, row.name
-            monkeypatch.setitem(impls._TABLE, key, dataclasses.replace(row, cannot=obstacles.nothing))
-        monkeypatch.setattr(triton, "partial_words_kernel", collections.defaultdict(lambda: calls.write_words))
-        use()
-    return use
 
 
 # Pairwise over: length, products and bands, raster and tiles of several shapes, padding at borders, text and
@@ -86,23 +68,6 @@ CASES = {
 }  # fmt: skip
 
 
-def forward(problem, impl="gluon", dtype=None):
-    """Output, and LSE as 0 in rows without keys, on the CPU."""
-    here = problem.to("cuda") if NATIVE and impl == "gluon" else problem
-    out, lse = here.call(impl, dtype, return_lse=True)
-    return {"out": out.cpu(), "lse": lse.masked_fill(lse == float("-inf"), 0.0).cpu()}
-
-
-WANTED = {}
-
-
-def of_the_kernel(name, problem):
-    """`forward` of the kernel that a test starts with, computed once for all tests of a problem."""
-    if name not in WANTED:
-        WANTED[name] = forward(problem)
-    return WANTED[name]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_the_forward_is_within_the_budget(make_problem, case, dtype):
@@ -138,7 +103,6 @@ RELEASE_LAST = "        mbarrier.arrive(buffers.v_empty.index(last), count=1)\n"
 RELEASE_V = "            mbarrier.arrive(buffers.v_empty.index(before), count=1)\n"
 WAIT_S = "            scores = biased(warpgroup_mma_wait(1, deps=(scores,)), i"
 WAIT_V = "            mbarrier.wait(buffers.v_full.index(before), (i - 1) // STAGES & 1)\n"
-ANY = {"deadlock", "error", "nan", "other"}
 FAULTS = {
     "phase of k_empty": ([(WAIT_K, WAIT_K.replace("phase ^ 1", "phase"))], "nothing can go on"),
     "phase of v_full": ([("(i - 1) // STAGES & 1)", "i // STAGES & 1)")], "nothing can go on"),
@@ -146,33 +110,6 @@ FAULTS = {
     "scores not waited for": ([(WAIT_S, WAIT_S.replace("wait(1", "wait(2"))], "leaves in flight"),
     "output not fenced": ([("    fence_async_shared()\n    put(", "    put(")], "without fence_async_shared"),
     "last v never released": ([(RELEASE_LAST, "")], "nothing can go on"),
-}
-WAIT_Q = "    mbarrier.wait(buffers.q_empty.index(0), (turn & 1) ^ 1)\n"
-STORED = "        tma.store_wait(0)\n        mbarrier.arrive(buffers.k_empty.index((first - 1) % STAGES), count=1)\n"
-OTHER = "    mbarrier.wait(buffers.q_empty.index(0), turn & 1)  # the other consumer has multiplied what is there\n"
-NO_VALUES = "            give_no_values(end, buffers, STAGES)\n"
-# Each is right for a program's first item.
-ITEM_FAULTS = {
-    "the producer counts steps anew": ([("        first = end\n", "        first = end * 0\n")], {"deadlock"}),
-    "consumers count steps anew": (
-        [("gl.maximum(end_of(walk, BLOCK_K), first + 1)", "first * 0")],
-        {"deadlock", "error"},
-    ),
-    "phase of q_full": (
-        [("mbarrier.wait(buffers.q_full.index(PART), turn & 1)", "mbarrier.wait(buffers.q_full.index(PART), 0)")],
-        ANY,
-    ),
-    "phase of q_empty": ([(WAIT_Q, WAIT_Q.replace("(turn & 1) ^ 1", "1"))], ANY),
-    "q overwritten early": ([(WAIT_Q, "")], ANY),
-    "another turn's number": (
-        [("buffers.numbers.index(turn & 1).load", "buffers.numbers.index((turn & 1) ^ 1).load")],
-        ANY,
-    ),
-    "output stored late": ([(STORED, STORED.split("\n")[1] + "\n")], {"nan"}),
-    "output where keys are being multiplied": ([(OTHER, "")], ANY),
-    "buffer of the output never released": ([(STORED, "        tma.store_wait(0)\n")], {"deadlock"}),
-    "no step for an empty list": ([(NO_VALUES, "")], {"deadlock"}),
-    "consumers not ended": ([("    announce_end(number, turn, buffers)\n", "")], {"deadlock"}),
 }
 
 
@@ -185,60 +122,6 @@ def test_the_emulator_finds_what_is_wrong_in_the_kernel(make_problem, emulate, t
         emulate(kernel)
         with pytest.raises(emulator.KernelError, match=names(words)):
             forward(problem)
-
-
-@pytest.fixture
-def uneven(make_problem, monkeypatch, emulate):
-    """Two samples of 7 rows of 0 to 7 steps for 3 buffers; empty rows are first, last and side by side.
-
-    There is a program for each item, until a test says otherwise.
-    """
-    monkeypatch.setattr(gluon, "multiprocessors", lambda _: 14)
-    problem = rounded(make_problem(shape=(1, 7, 128), topk=14, batch=2, **SMALL), torch.float16)
-    counts = torch.tensor([[0, 1, 14, 0, 0, 4, 11], [6, 5, 2, 9, 8, 3, 0]], dtype=torch.int32)
-    problem.lists[1].copy_(counts[:, None])
-    return problem
-
-
-@pytest.mark.skipif(NATIVE, reason="a GPU has its own number of multiprocessors")
-@pytest.mark.parametrize("programs", [1, 3, 13, 50])
-def test_programs_take_items_in_turn(monkeypatch, emulate, uneven, programs):
-    """Whatever the number of programs and the order of events, the bits are those of one program an item."""
-    exact = forward(uneven, "reference", torch.float64)
-    out, lse = plain_attention(uneven.q, uneven.k, uneven.v, uneven.mask(), uneven.scale)
-    want = of_the_kernel("uneven", uneven)
-    plain = {"out": out.nan_to_num(0.0), "lse": lse.masked_fill(lse == float("-inf"), 0.0)}
-    for name, result in want.items():
-        assert_accurate(name, result, plain[name], exact[name])
-    monkeypatch.setattr(gluon, "multiprocessors", lambda _: programs)
-    for seed, order in enumerate((*emulator.ORDERS, "random")):
-        emulate(seed=seed, order=order)
-        for name, result in forward(uneven).items():
-            assert torch.equal(result, want[name]), (name, order)
-
-
-@pytest.mark.skipif(NATIVE, reason="what hangs here would hang a GPU")
-@pytest.mark.parametrize("fault", ITEM_FAULTS)
-def test_what_is_not_carried_to_the_next_item_shows(monkeypatch, emulate, uneven, tmp_path, fault):
-    """In some order of events."""
-    changes, signs = ITEM_FAULTS[fault]
-    want, seen = of_the_kernel("uneven", uneven), set()
-    monkeypatch.setattr(gluon, "multiprocessors", lambda _: 1)
-    with calls.changed(tmp_path, MODULES, KERNEL.fn.__name__, *changes) as kernel:
-        for seed in range(4):
-            for order in emulator.ORDERS:
-                emulate(kernel, seed=seed, order=order)
-                try:
-                    got = forward(uneven)
-                    seen |= {"nan"} if got["out"].isnan().any() else set()
-                    seen |= {"other"} if any(not torch.equal(got[name], want[name]) for name in want) else set()
-                except emulator.Deadlock:
-                    seen.add("deadlock")
-                except (emulator.KernelError, RuntimeError):  # PyTorch refuses a division by 0
-                    seen.add("error")
-                if seen & signs:
-                    return
-    pytest.fail(f"no order of events showed it: {seen}")
 
 
 @pytest.mark.skipif(NATIVE, reason="what is read here is the memory of another tile")
@@ -283,7 +166,7 @@ WORD_FAULTS = {
 def test_words_of_another_step_show(make_problem, emulate, tmp_path, fault):
     """In some order of events, each fault of the words in shared memory changes the result."""
     problem = rounded(make_problem(**PADDED), torch.float16)
-    want = of_the_kernel("padded", problem)
+    want = forward_once("padded", problem)
     with calls.changed(tmp_path, MODULES, KERNEL.fn.__name__, *WORD_FAULTS[fault]) as kernel:
         for seed, order in enumerate(emulator.ORDERS):
             emulate(kernel, seed=seed, order=order)

@@ -48,9 +48,9 @@ def _compiled(counter):
 def _arguments(problem):
     tensors = ("partial", "tables", "text_len")
     sizes = ("grid", "block_q", "block_k", "tile_q", "tile_k", "text", "conditioning", "partial_blocks")
-    given = [problem.options.get(name) for name in tensors]
+    optional = [problem.options.get(name) for name in tensors]
     leaves = [x.clone().requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    return leaves, (*problem.lists, *given, {name: problem.options.get(name) for name in sizes})
+    return leaves, (*problem.lists, *optional, {name: problem.options.get(name) for name in sizes})
 
 
 def test_fullgraph_on_the_first_call_with_gradients(make_problem):

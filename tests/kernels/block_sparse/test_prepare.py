@@ -126,9 +126,9 @@ def test_entries_go_with_their_lists_and_are_bounded(make_problem):
     assert len(portable.preparations.entries) == 1
     del problem
     gc.collect()
-    kept = [make_problem((2, 4, 5), "gna", {"window": (1, 3, width)}) for width in (1, 2, 3, 4, 5)]
-    kept += [make_problem((2, 4, 5), "gna", {"window": (2, 3, width)}) for width in (1, 2, 3, 4, 5)]
-    for other in kept:
+    problems = [make_problem((2, 4, 5), "gna", {"window": (1, 3, width)}) for width in (1, 2, 3, 4, 5)]
+    problems += [make_problem((2, 4, 5), "gna", {"window": (2, 3, width)}) for width in (1, 2, 3, 4, 5)]
+    for other in problems:
         other.call("portable")
     assert len(portable.preparations.entries) == MAX_ENTRIES
 

@@ -216,14 +216,14 @@ PACKED = (
 @pytest.mark.parametrize("case", PACKED)
 def test_lists_packed_once_are_those_of_each_call(make_problem, case):
     problem = make_problem(**CASES[case])
-    each = problem.run("triton", torch.float32)
+    unpacked = problem.run("triton", torch.float32)
     here = problem.to("cuda") if NATIVE else problem
     packed = pack(here.block_lists(), here.geometry(), PACKING)
     for tensor in here.lists:
         tensor.zero_()  # they are not looked at again
     problem.options["packed"] = packed.cpu()
     once = dataclasses.replace(problem, lists=tuple(tensor.cpu() for tensor in here.lists)).run("triton", torch.float32)
-    for name, result in each.items():
+    for name, result in unpacked.items():
         assert torch.equal(once[name], result), name
 
 

@@ -61,13 +61,13 @@ def computed(monkeypatch):
     """Computes a problem: output and LSE in fp64, and what the keys and values were quantised to."""
     from dit_accel.kernels.block_sparse import triton8
 
-    found, quantise = [], triton8.quantise
-    monkeypatch.setattr(triton8, "quantise", lambda *given: found.append(quantise(*given)) or found[-1])
+    quantised, quantise = [], triton8.quantise
+    monkeypatch.setattr(triton8, "quantise", lambda *tensors: quantised.append(quantise(*tensors)) or quantised[-1])
 
     def compute(problem):
         here = problem.to("cuda") if NATIVE else problem
         out, lse = here.call("triton8", return_lse=True)
-        return out.cpu().double(), lse.cpu().double(), *(x.cpu() for x in found[-1])
+        return out.cpu().double(), lse.cpu().double(), *(x.cpu() for x in quantised[-1])
 
     return compute
 

@@ -40,21 +40,21 @@ _STAND_INS = {
 }
 
 
-def emulated(kernel, _made=None):
+def emulated(kernel, known_functions=None):
     """The Python function behind a jitted one, which calls this package where it called Gluon or Triton."""
-    made = {} if _made is None else _made
+    functions = {} if known_functions is None else known_functions
     function = kernel.fn
-    if function not in made:
+    if function not in functions:
         scope = {}
-        made[function] = types.FunctionType(
+        functions[function] = types.FunctionType(
             _rebinding(function.__code__), scope, function.__name__, function.__defaults__, function.__closure__
         )
-        made[function].__kwdefaults__ = function.__kwdefaults__
+        functions[function].__kwdefaults__ = function.__kwdefaults__
         scope["__builtins__"] = function.__globals__["__builtins__"]
         for name in function.__code__.co_names:
             if name in function.__globals__:
-                scope[name] = _stand_in(function.__globals__[name], made)
-    return made[function]
+                scope[name] = _stand_in(function.__globals__[name], functions)
+    return functions[function]
 
 
 def _rebinding(code):
@@ -66,12 +66,12 @@ def _rebinding(code):
     return code.replace(co_code=bytes(plain))
 
 
-def _stand_in(value, made):
+def _stand_in(value, functions):
     if id(value) in _STAND_INS:
         return _STAND_INS[id(value)]
     if isinstance(value, gluon_language.constexpr):
         return value.value
-    return emulated(value, made) if hasattr(value, "fn") else value
+    return emulated(value, functions) if hasattr(value, "fn") else value
 
 
 def launch(kernel, grid, *arguments, seed=0, order="random", **constants):
@@ -90,11 +90,11 @@ def launch(kernel, grid, *arguments, seed=0, order="random", **constants):
     function = emulated(kernel)
     names = kernel.arg_names
     values = dict(zip(names, arguments, strict=False)) | {n: v for n, v in constants.items() if n in names}
-    given = {name: value if name in constants else _argument(value) for name, value in values.items()}
+    parameters = {name: value if name in constants else _argument(value) for name, value in values.items()}
     sizes = (*grid, 1, 1)[:3]
     for number, ids in enumerate(itertools.product(*map(range, sizes))):
         with torch.no_grad(), language.Program(ids, sizes, Machine(hash((seed, number)), order)):
-            function(**given)
+            function(**parameters)
 
 
 def _argument(value):

@@ -177,9 +177,9 @@ def test_the_same_seed_is_the_same_run():
 
 @gluon.jit
 def numbers_kernel(x, out, number):
-    kept = number
+    before = number
     number += 1
-    gl.store(out + gl.arange(0, 2), gl.where(gl.arange(0, 2) == 0, kept, number))
+    gl.store(out + gl.arange(0, 2), gl.where(gl.arange(0, 2) == 0, before, number))
     places = gl.arange(0, 8)
     gl.store(out + 2 + places, gl.load(x + places, mask=places < 3, other=-7))
 

@@ -18,12 +18,12 @@ TILES = {64: (1, 8, 8), 128: (2, 8, 8)}
 @pytest.fixture
 def launched(monkeypatch):
     """Launches of calls with each part of a rule and with all: kernel, constants, warps. Nothing runs."""
-    found = []
+    launches = []
 
     def record(kernel, programs, warps, arguments, constants):
         names = [name for name in triton.JIT[kernel].arg_names if name not in constants]
         assert len(arguments) == len(names), f"{kernel} takes {names}"
-        found.append((kernel, constants, warps))
+        launches.append((kernel, constants, warps))
 
     monkeypatch.setattr(triton, "_run", record)
     counts, shares = torch.ones(1, 1, 1, dtype=torch.int32), torch.ones(1, 1, 1)
@@ -42,7 +42,7 @@ def launched(monkeypatch):
             ):
                 triton.route(q, q, RouterArguments(*orders, *parts, 0.1, orders[1].blocks))
             triton.route(q, q, RouterArguments(*orders, counts, None, None, None, False, cells, None, 0.1, 5, skip=2))
-    return found
+    return launches
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -45,9 +45,9 @@ def test_rows_worked_out_by_hand(impl):
     peak[17] = 10  # e^10 = 22,026 of 22,225
     for scores, numbers in ((uniform, (6, 40, 40)), (peak, (6, 1, 6))):
         rules = Rule(topk=6), Rule(topp=0.2), Rule(topk=6, topp=0.2)
-        found = [one_row(scores, rule, impl) for rule in rules]
-        assert tuple(int(row.sum()) for row in found) == numbers
-        assert torch.equal(found[0] | found[1], found[2])
+        rows = [one_row(scores, rule, impl) for rule in rules]
+        assert tuple(int(row.sum()) for row in rows) == numbers
+        assert torch.equal(rows[0] | rows[1], rows[2])
     assert one_row(uniform, Rule(topk=3), impl).nonzero().flatten().tolist() == [0, 1, 2]
     assert one_row(peak, Rule(topk=3), impl).nonzero().flatten().tolist() == [0, 1, 17]
 
@@ -88,9 +88,9 @@ def test_minus_zero_is_zero_and_nan_is_first(impl):
 def test_normal_scores_pass_the_threshold_as_often_as_the_normal_distribution_says(tau, share, impl):
     """Density 1 - Phi(tau), as `sol` has it without neighbours: 256 rows of 4,096 keys, 64 dimensions."""
     q, k = torch.randn(2, 1, 1, 4096, 64)
-    found = blocks(q, k, Rule(tau=tau), TokenGrid(1, 1, 4096), 16, 1, impl=impl)[0, 0]
-    assert found.shape == (256, 4096)
-    assert abs(found.double().mean() - share) < 0.005
+    listed = blocks(q, k, Rule(tau=tau), TokenGrid(1, 1, 4096), 16, 1, impl=impl)[0, 0]
+    assert listed.shape == (256, 4096)
+    assert abs(listed.double().mean() - share) < 0.005
 
 
 def test_diagonal_variance_is_exact_for_uncorrelated_keys_only():
@@ -113,10 +113,10 @@ def test_the_union_holds_each_part(impl):
     q, k = torch.randn(2, 2, 3, grid.tokens, 6)
     forced = torch.rand(27, 27) < 0.1
     parts = [Rule(topk=3), Rule(topp=0.2), Rule(tau=0.5, topk=1), Rule(topk=1, forced=forced)]
-    found = [blocks(q, k, rule, grid, impl=impl) for rule in parts]
+    listed = [blocks(q, k, rule, grid, impl=impl) for rule in parts]
     union = blocks(q, k, Rule(topk=3, topp=0.2, tau=0.5, forced=forced), grid, impl=impl)
-    assert torch.equal(union, found[0] | found[1] | found[2] | found[3])
-    assert all((union != part).any() for part in found)
+    assert torch.equal(union, listed[0] | listed[1] | listed[2] | listed[3])
+    assert all((union != part).any() for part in listed)
 
 
 @pytest.mark.parametrize("impl", NAMES)
@@ -139,11 +139,11 @@ def test_the_worst_blocks_are_listed_apart(impl):
 def test_permuted_heads_and_samples_have_permuted_lists(impl):
     grid, rule = TokenGrid(3, 5, 7), Rule(topk=2, topp=0.3, cells=2)
     q, k = torch.randn(2, 2, 3, grid.tokens, 6)
-    found = blocks(q, k, rule, grid, impl=impl)
+    listed = blocks(q, k, rule, grid, impl=impl)
     turned = blocks(q.flip(0)[:, [2, 0, 1]], k.flip(0)[:, [2, 0, 1]], rule, grid, impl=impl)
-    assert torch.equal(turned, found.flip(0)[:, [2, 0, 1]])
+    assert torch.equal(turned, listed.flip(0)[:, [2, 0, 1]])
     again = [blocks(q, k, rule, grid, impl=impl) for _ in range(3)]
-    assert all(torch.equal(each, found) for each in again)
+    assert all(torch.equal(other, listed) for other in again)
 
 
 @pytest.mark.parametrize("impl", NAMES)
@@ -154,9 +154,9 @@ def test_unlike_tokens_are_not_pooled(impl):
     k = q.clone()
     q[..., 5:7, :] *= -1
     k[..., 9:11, :] *= -1
-    found = blocks(q, k, Rule(topk=1, similarity=0.9), grid, impl=impl)[0, 0]
-    assert found[1].all() and found[:, 2].all()
-    assert (found[[0, 2, 3, 4, 5]].sum(-1) == 2).all()
+    listed = blocks(q, k, Rule(topk=1, similarity=0.9), grid, impl=impl)[0, 0]
+    assert listed[1].all() and listed[:, 2].all()
+    assert (listed[[0, 2, 3, 4, 5]].sum(-1) == 2).all()
 
 
 def test_cells_are_the_log_of_the_sum_of_their_pairs():
@@ -168,8 +168,8 @@ def test_cells_are_the_log_of_the_sum_of_their_pairs():
     scores = torch.stack([sum(pairs[2 * i + a][j] for a in (0, 1)) for i in range(3) for j in range(6)]).view(3, 6)
     scores = scores[:, 0::2] + scores[:, 1::2]
     for impl in NAMES:
-        found = blocks(q, k, Rule(topk=1, cells=2), grid, 8, 8, scale=0.7, impl=impl)[0, 0]
-        assert torch.equal(found, torch.nn.functional.one_hot(scores.argmax(-1), 3).bool())
+        listed = blocks(q, k, Rule(topk=1, cells=2), grid, 8, 8, scale=0.7, impl=impl)[0, 0]
+        assert torch.equal(listed, torch.nn.functional.one_hot(scores.argmax(-1), 3).bool())
 
 
 def test_the_operator_is_whole_and_compiles():

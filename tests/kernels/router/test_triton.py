@@ -38,8 +38,8 @@ def lists(q, k, orders, rule, impl):
     """On the CPU."""
     device = DEVICE if impl == "triton" else "cpu"
     moved = {name: x.to(device) for name, x in vars(rule).items() if isinstance(x, torch.Tensor)}
-    found = route(q.to(device), k.to(device), *orders, Rule(**{**vars(rule), **moved}), impl=impl)
-    return BlockLists(found.indices.cpu(), found.counts.cpu())
+    listed = route(q.to(device), k.to(device), *orders, Rule(**{**vars(rule), **moved}), impl=impl)
+    return BlockLists(listed.indices.cpu(), listed.counts.cpu())
 
 
 @pytest.mark.parametrize(("grid", "sizes", "rule", "dtype"), CASES)
@@ -64,9 +64,9 @@ def test_deviations_of_tokens_that_exist(grid, dtype):
 def test_vectors_of_whole_blocks(rule):
     queries, keys = torch.randn(2, 3, 9, 24, device=DEVICE), torch.randn(2, 3, 70, 24, device=DEVICE)
     rule = RULES[rule](9, 70)
-    found = [route_pooled(queries, keys, rule, scale=0.3, impl=impl) for impl in ("reference", "triton")]
-    dense(found[1], 70)
-    assert all(torch.equal(*pair) for pair in zip(found[0][:2], found[1][:2], strict=True))
+    listed = [route_pooled(queries, keys, rule, scale=0.3, impl=impl) for impl in ("reference", "triton")]
+    dense(listed[1], 70)
+    assert all(torch.equal(*pair) for pair in zip(listed[0][:2], listed[1][:2], strict=True))
     single = TokenOrder(TokenGrid(1, 1, 70), 1)
     facts = Facts.of(torch.device(DEVICE), torch.float32, 24, single, single)
     assert router_impl(facts, "triton") == "triton"
@@ -79,8 +79,8 @@ def one_row(scores, rule):
     q[..., 0] = 1
     k = scores.repeat_interleave(16).view(1, 1, -1, 1).to(DEVICE)
     order = TokenOrder(TokenGrid(1, 1, q.shape[2]), 16)
-    found = route(q, k, order, order, rule, scale=1.0, impl="triton")
-    return found.indices[0, 0, 0, : found.counts[0, 0, 0]].tolist()
+    listed = route(q, k, order, order, rule, scale=1.0, impl="triton")
+    return listed.indices[0, 0, 0, : listed.counts[0, 0, 0]].tolist()
 
 
 def test_equal_scores_and_what_is_no_number():
@@ -109,8 +109,8 @@ def test_rows_of_more_than_a_warp_holds():
 def test_runs_are_equal():
     q, k = inputs(GRIDS[0], torch.float32)
     orders = (TokenOrder(GRIDS[0], 16),) * 2
-    found = [lists(q, k, orders, Rule(topk=2, topp=0.4, cells=2), "triton") for _ in range(2 if INTERPRETED else 10)]
-    assert all(torch.equal(each.indices, found[0].indices) for each in found)
+    runs = [lists(q, k, orders, Rule(topk=2, topp=0.4, cells=2), "triton") for _ in range(2 if INTERPRETED else 10)]
+    assert all(torch.equal(run.indices, runs[0].indices) for run in runs)
 
 
 def test_what_it_cannot_route_is_routed_by_another():
@@ -128,5 +128,5 @@ def test_a_block_with_nan_is_listed_in_every_row(rule):
     q, k = inputs(grid, torch.float32)
     q[0, 1, 50] = k[0, 1, 50] = torch.nan
     orders = TokenOrder(grid, 16), TokenOrder(grid, 16)
-    found = lists(q, k, orders, RULES[rule](7, 7), "triton")
-    assert dense(found, 7)[0, 1, :, 50 // 16].all()
+    listed = lists(q, k, orders, RULES[rule](7, 7), "triton")
+    assert dense(listed, 7)[0, 1, :, 50 // 16].all()

@@ -28,10 +28,10 @@ def arch(request):
 @pytest.fixture
 def launched(monkeypatch, arch):
     """Every launch of a forward and backward pass in both scopes: kernel name and constants. Nothing runs."""
-    found = []
+    launches = []
 
     def record(kernel, programs, arguments, constants):
-        found.append((kernel, constants))
+        launches.append((kernel, constants))
 
     def place_lists(indices, counts, order, dense):
         *rows, width = indices.shape
@@ -54,7 +54,7 @@ def launched(monkeypatch, arch):
             _, *saved = triton.forward(q, q, q, torch.zeros(dim), call, True)
             saved[-1].zero_()  # modes, which are read
             triton.backward(q, q, q, q, saved, call)
-    return found
+    return launches
 
 
 def test_every_candidate_of_every_launch_is_compiled_ahead_of_time(launched, arch):
@@ -80,5 +80,5 @@ def test_a_candidate_is_left_for_every_build(launched, arch):
         # 128 rows in fp32 do not fit all
         wide = max(constants.get(name, 64) for name in ("BLOCK", "BLOCK_Q", "BLOCK_K")) > 64
         for itemsize in (2,) if wide else (2, 4):
-            found = configs.fitting(kernel, constants, itemsize, arch)
-            assert found and len(set(found)) == len(found), f"{kernel}, {itemsize} bytes: {found}"
+            candidates = configs.fitting(kernel, constants, itemsize, arch)
+            assert candidates and len(set(candidates)) == len(candidates), f"{kernel}, {itemsize} bytes: {candidates}"

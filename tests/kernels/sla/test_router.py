@@ -123,7 +123,7 @@ def of_scores(scores, topk, skip):
     """What is chosen of these scores: int64 [rows, topk] and [rows, skip]."""
     rows = torch.eye(len(scores)).expand(1, 1, -1, -1)
     orders = (TokenOrder(TokenGrid(1, 1, n), 1) for n in scores.shape)
-    return (found[0, 0].long() for found in classify(rows, scores.mT[None, None], *orders, topk, skip, "portable"))
+    return (chosen[0, 0].long() for chosen in classify(rows, scores.mT[None, None], *orders, topk, skip, "portable"))
 
 
 def test_partial_ties():

@@ -80,8 +80,8 @@ def test_selection_at_the_bounds_of_its_widths(blocks):
     queries, keys = queries.to(DEVICE), keys.to(DEVICE)
     topk, skip = max(1, blocks // 20), blocks // 10
     orders = single_blocks(queries), single_blocks(keys)
-    found = [classify(queries, keys, *orders, topk, skip, impl) for impl in ("triton", "portable")]
-    assert all(torch.equal(got, wanted) for got, wanted in zip(*found, strict=True))
+    lists = [classify(queries, keys, *orders, topk, skip, impl) for impl in ("triton", "portable")]
+    assert all(torch.equal(got, wanted) for got, wanted in zip(*lists, strict=True))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -309,8 +309,8 @@ def test_the_means_of_the_state_choose_the_same_blocks():
     cuts = cuts_of((3, 3, 5), 16, (2, 2, 4), 32, (2, 4, 4))
     q, k = inputs("random", 45, torch.float32)
     means = ops.state(k, k, cuts.pack(), cuts.key_order.blocks, "softmax")[2]
-    found = classify(q, means, cuts.query_order, single_blocks(means), 3, 2, "triton")
-    for got, wanted in zip(found, route(q, k, cuts, 3, 2, "triton"), strict=True):
+    chosen = classify(q, means, cuts.query_order, single_blocks(means), 3, 2, "triton")
+    for got, wanted in zip(chosen, route(q, k, cuts, 3, 2, "triton"), strict=True):
         assert torch.equal(got, wanted)
 
 
