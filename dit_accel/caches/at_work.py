@@ -266,9 +266,14 @@ class CacheAtWork:
             self._lead_mag(managers[0], now)
 
     def _prepare(self, now: Moment) -> None:
-        """Take the number of steps of a new run."""
+        """Take the number of steps of a new run, and refuse a run that the cache is not for."""
         if self._chosen is not None:
             self._chosen.check(now.count)
+        if self.cache.name == "faster" and not self._config.is_guidance_distilled and now.shape and now.shape[0] % 2:
+            raise DitAccelError(
+                f"faster takes calls whose second half of the batch is guided; this one has {now.shape[0]} samples. "
+                "Without guidance, or with a call for each guidance branch, add is_guidance_distilled=true."
+            )
         if self.cache.name != "mag" or self._calibrate:
             return
         steps = self.cache.config.get("num_inference_steps")

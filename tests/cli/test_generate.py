@@ -217,12 +217,23 @@ def test_compiled(cli, demo, tmp_path, monkeypatch):
     assert report["sparse_calls"] == report["dense_calls"] == 2
 
 
-@pytest.mark.parametrize("cache", ["first-block", "mag:threshold=0.1", "taylorseer:cache_interval=2", "sea"])
+@pytest.mark.parametrize(
+    "cache", ["first-block", "mag:threshold=0.1", "taylorseer:cache_interval=2", "sea", "pab", "faster"]
+)
 def test_a_cache_that_breaks_graphs_is_refused_beside_compile(cache, cli, demo, tmp_path):
     for verb, output in (("generate", "a.gif"), ("eval", "out")):
         outcome = cli(verb, *SMALL, "--compile", "--cache", cache, "--output", tmp_path / output)
         assert outcome.status == 2 and says(outcome.err.splitlines()[-1], "--compile", cache, "--cache steps")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_of_guided_batches_is_refused_without_one(cli, demo, tmp_path):
+    cache = "faster:spatial_attention_block_skip_range=2,tensor_format=BCFHW"
+    outcome = cli("generate", *SMALL, "--cache", cache, "--output", tmp_path / "a.gif")
+    assert outcome.status == 2 and says(outcome.err.splitlines()[-1], "faster is_guidance_distilled=true 1")
+    assert not list(tmp_path.iterdir())
+    cache += ",is_guidance_distilled=true"
+    assert cli("generate", *SMALL, "--cache", cache, "--output", tmp_path / "a.gif").status == 0
 
 
 def test_verify_reports_how_far_each_layer_is_from_dense(cli, demo, tmp_path):
