@@ -132,6 +132,22 @@ def test_saved_loaded_replaced_paused_and_undone(wan_pipe, tmp_path):
     assert {name: dict(vars(module)) for name, module in pipe.transformer.named_modules()} == modules
 
 
+@pytest.mark.parametrize("when", ["inside", "before"])
+def test_a_pause_that_outlasts_the_accelerator_puts_nothing_back(when, wan_pipe):
+    """Neither the step cache nor the back end of dense steps."""
+    pipe = wan_pipe()
+    dense = generate(pipe)
+    modules = {name: dict(vars(module)) for name, module in pipe.transformer.named_modules()}
+    accel = dit_accel.accelerate(pipe, "gna", cache=MAG, dense_steps=1, dense_backend="_native_math", **WINDOW)
+    if when == "before":
+        accel.remove()
+    with accel.paused():
+        accel.remove()
+    assert {name: dict(vars(module)) for name, module in pipe.transformer.named_modules()} == modules
+    assert {processor._attention_backend for processor in pipe.transformer.attn_processors.values()} == {None}
+    assert torch.equal(generate(pipe), dense)
+
+
 def test_what_cannot_work_changes_nothing(wan_pipe):
     pipe = wan_pipe()
     pipe.transformer.enable_cache(FirstBlockCacheConfig(0.3))

@@ -151,9 +151,9 @@ class Engine(AtWork):
 
     def pause(self, paused: bool) -> None:
         """Run the model's own attention in every step until further notice; what a cache kept is forgotten."""
-        if self.cache is not None and paused != self.paused:
-            (self.cache.detach if paused else self.cache.attach)()
-        if paused != self.paused:
+        if paused != self.paused and self._owner is not None:  # `detach` has taken off both
+            if self.cache is not None:
+                (self.cache.detach if paused else self.cache.attach)()
             (self._dense_backend.undo if paused else self._dense_backend.set)()
         self.paused = paused
 
