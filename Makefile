@@ -6,7 +6,7 @@
 # make docs   the manual, into outputs/manual; without the network, and without a warning or a broken link
 # make eval   quality and speed of caches crossed with methods on the embedded model: a report, and the table and picture of docs/results/suite.md
 # make        this list
-# Every target installs what it needs into .venv first, at the versions of constraints.txt.
+# Every target installs what it needs into .venv first, at the versions of constraints.txt; demo needs no extra.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,7 +29,9 @@ INTERPRETED := tests/kernels/block_sparse/test_triton.py tests/kernels/block_spa
 	tests/kernels/tail/test_triton.py tests/kernels/tail/test_gluon.py tests/methods/sla/test_triton.py tests/pipelines/test_rows.py \
 	tests/test_architecture.py
 BIN := $(VENV)/bin
+PACKAGE := $(VENV)/.package
 INSTALLED := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --constraint $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check docs support kernels bench eval clean
@@ -41,18 +43,22 @@ install: $(INSTALLED)
 
 # torch comes first, so that no other package chooses its build. A CUDA build of torch asks for a Triton of its own;
 # where it does, that one stays. A Python without ensurepip gets its environment from virtualenv.
-$(INSTALLED): pyproject.toml constraints.txt
+$(PACKAGE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "dit_accel needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version). Say make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m pip install --target $(VENV)-bootstrap virtualenv && \
 		PYTHONPATH=$(VENV)-bootstrap $(PYTHON) -m virtualenv --clear $(VENV); }
 	grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --constraint $(VENV)/constraints.txt torch setuptools wheel
+	$(PIP_INSTALL) torch setuptools wheel
 	$(BIN)/python -m pip show --quiet triton 2>/dev/null || cp constraints.txt $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --constraint $(VENV)/constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PIP_INSTALL) --no-build-isolation --editable .
 	@touch $@
 
-demo: $(INSTALLED)
+$(INSTALLED): $(PACKAGE)
+	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(PACKAGE)
 	$(BIN)/dit-accel generate --model demo $(DEMO_SETTINGS) --level $(DEMO_LEVEL) --compare --output $(OUTPUT)/demo.mp4
 
 # What measures time runs alone and first; then the rest, a process for each core.
