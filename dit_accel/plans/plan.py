@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.api import check_kinds
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.block_sparse.reference import masked_attention
 from dit_accel.kernels.impls import AUTO, Impl
@@ -230,7 +231,7 @@ def attention(
     """Attention as `plan` says, differentiable in q, k and v.
 
     Args:
-        q, k, v: [B, H, N, D] with N = plan.grid.tokens, floating point, any strides.
+        q, k, v: [B, H, N, D] with N = plan.grid.tokens, floating point, any strides. Grouped heads are repeated.
         plan: from `plan`.
         scale: factor of the logits; D ** -0.5 if None.
         text_lens: int [B], valid text tokens of each sample; text behind them is never a key. None: all of them.
@@ -240,16 +241,26 @@ def attention(
         [B, H, N, D] in the dtype of q, laid out as [B, N, H, D] in memory.
 
     Raises:
-        DitAccelError: shapes or dtypes do not fit the plan, or `impl` cannot run here.
+        DitAccelError: shapes, dtypes or devices do not fit the plan or each other, a tensor is empty, or `impl` cannot
+            run here.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.ndim != 4 or tensor.shape[2] != plan.grid.tokens:
-            raise DitAccelError(
-                f"{name} must be [batch, heads, {plan.grid.tokens}, head_dim] for the grid {plan.grid}, "
-                f"got {tuple(tensor.shape)}."
-            )
-    if text_lens is not None and (text_lens.is_floating_point() or text_lens.dtype == torch.bool):
-        raise DitAccelError(f"text_lens are numbers of tokens, as integers; got {text_lens.dtype}.")
+    if not isinstance(plan, Plan):
+        raise DitAccelError(f"attention takes a plan, which plan(method, grid) makes; got {plan!r}.")
+    if not all(isinstance(tensor, torch.Tensor) for tensor in (q, k, v)):
+        raise DitAccelError(f"q, k and v are tensors; got {', '.join(type(x).__name__ for x in (q, k, v))}.")
+    if q.ndim != 4 or q.shape[2] != plan.grid.tokens or not q.shape == k.shape == v.shape or not q.numel():
+        raise DitAccelError(
+            f"q, k and v must be [batch, heads, {plan.grid.tokens}, head_dim] for the grid {plan.grid}, all of one "
+            f"shape and none of them empty; got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}. Repeat the "
+            "keys and values of grouped heads: k.repeat_interleave(n, 1)."
+        )
+    if not torch.is_autocast_enabled(q.device.type):  # which casts them to one dtype
+        check_kinds(q, k, v)
+    if text_lens is not None and (
+        not isinstance(text_lens, torch.Tensor) or text_lens.is_floating_point() or text_lens.dtype == torch.bool
+    ):
+        kind = getattr(text_lens, "dtype", type(text_lens).__name__)
+        raise DitAccelError(f"text_lens are numbers of tokens, as a tensor of integers; got {kind}.")
     return plan.attend(q, k, v, scale=scale, text_lens=text_lens, impl=impl)
 
 

@@ -140,10 +140,45 @@ def test_attention_is_masked_softmax(method, config, impl):
         torch.testing.assert_close(result, exact, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_attention_wants_the_grids_tokens():
-    plan = dit_accel.plan("gna", TokenGrid(1, 4, 4), window=2)
-    with pytest.raises(DitAccelError, match=names("k heads 16 head_dim")):
-        dit_accel.attention(torch.zeros(1, 1, 16, 8), torch.zeros(1, 1, 15, 8), torch.zeros(1, 1, 16, 8), plan)
+SHAPES = {
+    "tokens": [(2, 2, 16, 8), (2, 2, 15, 8), (2, 2, 16, 8)],
+    "grouped heads": [(2, 2, 16, 8), (2, 1, 16, 8), (2, 1, 16, 8)],
+    "samples": [(2, 2, 16, 8), (1, 2, 16, 8), (1, 2, 16, 8)],
+    "head_dim": [(2, 2, 16, 8), (2, 2, 16, 4), (2, 2, 16, 8)],
+    "values": [(2, 2, 16, 8), (2, 2, 16, 8), (2, 2, 16, 4)],
+    "no samples": [(0, 2, 16, 8)] * 3,
+    "no heads": [(2, 0, 16, 8)] * 3,
+    "no channels": [(2, 2, 16, 0)] * 3,
+    "no heads' axis": [(2, 16, 8)] * 3,
+}
+
+
+@pytest.mark.parametrize("method", ["dense", "gna", "heads", "rectified"])
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_attention_refuses_other_shapes_alike_in_all_methods(shapes, method):
+    config = {"gna": {"window": 2}, "heads": {"keep": (1, 0)}, "rectified": {"block": 16, "block_q": 16}}
+    plan = dit_accel.plan(method, TokenGrid(1, 4, 4), **config.get(method, {}))
+    with pytest.raises(DitAccelError, match=names("q k v batch heads 16 head_dim")):
+        dit_accel.attention(*map(torch.zeros, shapes), plan)
+
+
+@pytest.mark.parametrize("method", ["dense", "gna"])
+def test_attention_refuses_other_kinds_alike_in_all_methods(method):
+    plan = dit_accel.plan(method, TokenGrid(1, 4, 4), **({"window": 2} if method == "gna" else {}))
+    q = torch.zeros(1, 1, 16, 8)
+    for other in (q.half(), q.double(), q.int()):
+        with pytest.raises(DitAccelError, match=names("dtype", str(other.dtype))):
+            dit_accel.attention(q, other, q, plan)
+    with pytest.raises(DitAccelError, match=names("int32")):
+        dit_accel.attention(q.int(), q.int(), q.int(), plan)
+    with pytest.raises(DitAccelError, match=names("device meta")):
+        dit_accel.attention(q, q.to("meta"), q, plan)
+    with pytest.raises(DitAccelError, match=names("ndarray")):
+        dit_accel.attention(q.numpy(), q, q, plan)
+    with pytest.raises(DitAccelError, match=names("'gna'")):
+        dit_accel.attention(q, q, q, "gna")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dit_accel.attention(q, q.bfloat16(), q, plan).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -175,7 +210,7 @@ def test_figures_and_masks_do_not_depend_on_the_callers_default_device(method, c
         assert look() == wanted
 
 
-@pytest.mark.parametrize("lens", [torch.tensor([3.0]), torch.tensor([True])])
+@pytest.mark.parametrize("lens", [torch.tensor([3.0]), torch.tensor([True]), [3]])
 def test_text_lens_are_integers(lens):
     plan = dit_accel.plan("gna", dit_accel.TokenGrid(1, 3, 4, text=5), window=1)
     q = torch.zeros(1, 1, 17, 8)

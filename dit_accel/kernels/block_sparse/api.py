@@ -274,13 +274,7 @@ def check_tensors(call: BlockSparseInputs) -> None:
             "Attention needs q [B, H, Nq, D] and k, v [B, H, Nk, D] with the same B, H and D, got "
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
         )
-    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise DitAccelError(
-            "Attention needs q, k and v of one dtype among bfloat16, float16, float32 and float64, got "
-            f"{q.dtype}, {k.dtype} and {v.dtype}. Cast them first."
-        )
-    if not q.device == k.device == v.device:
-        raise DitAccelError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}.")
+    check_kinds(q, k, v)
     starts = [start is not None for start in segments[:3]]
     if any(starts) and not all(starts):
         raise DitAccelError("Give visual_start, conditioning_start and text_start together, or none of them.")
@@ -298,6 +292,17 @@ def check_tensors(call: BlockSparseInputs) -> None:
             raise DitAccelError(
                 f"{name} must be int32 [{q.shape[0]}], one per sample, got {tensor.dtype} {tuple(tensor.shape)}."
             )
+
+
+def check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse tensors of a dtype without attention, and tensors that differ in dtype or device."""
+    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise DitAccelError(
+            "Attention needs q, k and v of one dtype among bfloat16, float16, float32 and float64, got "
+            f"{q.dtype}, {k.dtype} and {v.dtype}. Cast them first."
+        )
+    if not q.device == k.device == v.device:
+        raise DitAccelError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}.")
 
 
 def _check_geometry(geometry: Geometry) -> None:
