@@ -22,12 +22,12 @@ ANY = {"deadlock", "error", "nan", "other"}
 WAIT_Q = "    mbarrier.wait(buffers.q_empty.index(0), (turn & 1) ^ 1)\n"
 STORED = "        tma.store_wait(0)\n        mbarrier.arrive(buffers.k_empty.index((first - 1) % STAGES), count=1)\n"
 OTHER = "    mbarrier.wait(buffers.q_empty.index(0), turn & 1)  # the other consumer has multiplied what is there\n"
-NO_VALUES = "            give_no_values(end, buffers, STAGES)\n"
+NO_VALUES = "        give_no_values(end, buffers, STAGES)\n"
 # Each is right for a program's first item.
 ITEM_FAULTS = {
-    "the producer counts steps anew": ([("        first = end\n", "        first = end * 0\n")], {"deadlock"}),
+    "the producer counts steps anew": ([("first = PRODUCE_BEHIND(", "first = 0 * PRODUCE_BEHIND(")], {"deadlock"}),
     "consumers count steps anew": (
-        [("gl.maximum(end_of(walk, BLOCK_K), first + 1)", "first * 0")],
+        [("gl.maximum(end_of(walk, BLOCK_K), walk.first + 1)", "walk.first * 0")],
         {"deadlock", "error"},
     ),
     "phase of q_full": (

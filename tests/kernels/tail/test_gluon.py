@@ -126,11 +126,11 @@ KEYS_IN = (
     "        copy_in(pooled_k, run, buffers.k_full.index(stage), buffers.k.index(stage).reshape([1, 1, KEYS, D]))\n"
 )
 VALUES_IN = KEYS_IN.replace("k_full", "v_full").replace("pooled_k", "pooled_v").replace("buffers.k.", "buffers.v.")
-EARLY = "        buffers.biases.index((first + i + 1) % STAGES).store(biases_of(i + 1, outside, pseudo, scale))\n"
+EARLY = "        buffers.biases.index((end + i + 1) % STAGES).store(biases_of(i + 1, outside, pseudo, scale))\n"
 PRODUCER_FAULTS = {
     "phase of k_empty": ([(FREE, FREE.replace("phase ^ 1", "phase"))], {"nothing can go on"}),
-    "phases of the list's start": ([("(first + i) // STAGES & 1", "i // STAGES & 1")], {"nothing can go on", "other"}),
-    "stages of the list's start": ([("(first + i) % STAGES", "i % STAGES")], {"nothing can go on", "other"}),
+    "phases of the list's start": ([("(end + i) // STAGES & 1", "i // STAGES & 1")], {"nothing can go on", "other"}),
+    "stages of the list's start": ([("(end + i) % STAGES", "i % STAGES")], {"nothing can go on", "other"}),
     "values not announced": (
         [("        mbarrier.expect(buffers.v_full.index(stage), KEYS * D * 2)\n", "")], {"nothing can go on"},
     ),

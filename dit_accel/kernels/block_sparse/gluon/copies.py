@@ -166,16 +166,16 @@ def program_key_block(problem):
 
 
 @gluon.jit
-def head_read(tile, run, distances, sample, i_h):
+def head_read(descriptors, distances, sample, i_h):
     """One head of a sample, of a tensor that is read."""
     offset = sample * distances.batch + i_h * distances.head
-    return Addressed(tile, run, offset, i_h * distances.column)
+    return Addressed(descriptors[0], descriptors[1], offset, i_h * distances.column)
 
 
 @gluon.jit
-def head_written(tile, run, tokens, sample, i_h, D: gl.constexpr):
+def head_written(descriptors, tokens, sample, i_h, D: gl.constexpr):
     """One head of a sample, of a result [B, N, H, D]; `tokens` is N."""
-    return Addressed(tile, run, sample * tokens, i_h * D)
+    return Addressed(descriptors[0], descriptors[1], sample * tokens, i_h * D)
 
 
 @gluon.jit

@@ -298,12 +298,12 @@ def block_sparse_gluon_dkdv_kernel(
     firsts = visits.firsts + head * visits.per_head * (2 * problem.width + 1) + 2 * block
     first, clean, last = gl.load(firsts), gl.load(firsts + 1), gl.load(firsts + 2)
     listed = KeyVisits(visits.entries, visits.places, visits.numbers, first, clean, last)
-    q = head_read(q_tile, q_run, distances[0], i_b, i_h)
-    g = head_read(g_tile, g_run, distances[1], i_b, i_h)
-    k = head_read(k_tile, k_run, distances[2], i_b, i_h)
-    v = head_read(v_tile, v_run, distances[3], i_b, i_h)
-    dk = head_written(dk_tile, dk_run, key_tokens, i_b, i_h, D)
-    dv = head_written(dv_tile, dv_run, key_tokens, i_b, i_h, D)
+    q = head_read((q_tile, q_run), distances[0], i_b, i_h)
+    g = head_read((g_tile, g_run), distances[1], i_b, i_h)
+    k = head_read((k_tile, k_run), distances[2], i_b, i_h)
+    v = head_read((v_tile, v_run), distances[3], i_b, i_h)
+    dk = head_written((dk_tile, dk_run), key_tokens, i_b, i_h, D)
+    dv = head_written((dv_tile, dv_run), key_tokens, i_b, i_h, D)
     statistics += head.to(gl.int64) * (problem.queries.visual_blocks + problem.dense) * (4 * ROWS)
     buffers = allocated(q_run.dtype, D, BLOCK_K, STAGES)
     gl.warp_specialize(

@@ -161,12 +161,12 @@ def block_sparse_gluon_dq_kernel(
         scale: of the logits, in base e.
     """
     item = program_item(problem)
-    q = head_read(q_tile, q_run, distances[0], item.sample, item.head)
-    g = head_read(g_tile, g_run, distances[1], item.sample, item.head)
-    o = head_read(o_tile, o_run, distances[2], item.sample, item.head)
-    k = head_read(k_tile, k_run, distances[3], item.sample, item.head)
-    v = head_read(v_tile, v_run, distances[4], item.sample, item.head)
-    dq = head_written(dq_tile, dq_run, tokens, item.sample, item.head, D)
+    q = head_read((q_tile, q_run), distances[0], item.sample, item.head)
+    g = head_read((g_tile, g_run), distances[1], item.sample, item.head)
+    o = head_read((o_tile, o_run), distances[2], item.sample, item.head)
+    k = head_read((k_tile, k_run), distances[3], item.sample, item.head)
+    v = head_read((v_tile, v_run), distances[4], item.sample, item.head)
+    dq = head_written((dq_tile, dq_run), tokens, item.sample, item.head, D)
     head = over_samples(item.sample, item.head, problem).to(gl.int64)
     lse += head * tokens
     grad_lse += head * tokens

@@ -35,49 +35,19 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     list_of,
     over_samples,
     part_of,
-    program_number,
     query_of,
 )
 from dit_accel.kernels.block_sparse.gluon.items import (
     allocated,
-    announce_end,
     announced,
     free_output,
     give_no_values,
-    next_item,
     put_output,
     take_no_values,
 )
-from dit_accel.kernels.block_sparse.gluon.producer import produce_item
+from dit_accel.kernels.block_sparse.gluon.producer import produce_items
 from dit_accel.kernels.block_sparse.triton_tokens import LOG2E
 from dit_accel.kernels.jit import gluon_kernel
-
-
-@gluon.jit
-def produce(
-    q_tile, q_run, k_tile, k_run, v_tile, v_run, distances, problem, queue, buffers,
-    D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """The producer: `produce_item` of each item. An empty list has a step without keys: its buffer is the output's."""
-    number = program_number()
-    turn = number * 0
-    first = number * 0
-    while number < queue.items:
-        item = item_at(number, queue.heads, problem)
-        end = produce_item(
-            number, item, turn, first, q_tile, q_run, k_tile, k_run, v_tile, v_run, distances, problem, buffers,
-            D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES,
-        )  # fmt: skip
-        if end == first:
-            mbarrier.wait(buffers.k_empty.index(end % STAGES), (end // STAGES & 1) ^ 1)
-            mbarrier.arrive(buffers.k_full.index(end % STAGES), count=2)
-            give_no_values(end, buffers, STAGES)
-            end += 1
-        first = end
-        turn += 1
-        number = next_item(queue)
-    announce_end(number, turn, buffers)
 
 
 @gluon.jit
@@ -268,30 +238,95 @@ def attend_part(
 
 
 @gluon.jit
-def consume(
-    out_tile, out_run, lse, tokens, scale, problem, queue, buffers,
-    PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr,
-    TILE_K: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """A consumer warpgroup: 64 query rows of each item over its whole list, then their output and LSE."""
+def store_of_rows(x, values, item, where, tokens, problem, HALF: gl.constexpr):
+    """Store a number for each of a consumer's rows, fp32 [ROWS], to x [B, H, tokens]."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
+    rows, valid = rows_of_part(where, problem.queries, HALF, S)
+    head = x + over_samples(item.sample, item.head, problem).to(gl.int64) * tokens
+    gl.store(head + rows, values, mask=valid)
+
+
+@gluon.jit
+def consume_items(
+    written, others, tokens, scale, problem, queue, buffers,
+    ATTEND: gl.constexpr, PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr,
+    HALF: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A consumer warpgroup: 64 query rows of each item.
+
+    ATTEND returns their output [ROWS, D], where they lie, and the number of the next item's first step.
+    """
     number = announced(0, buffers, PART)
     turn = number * 0
     first = number * 0
     while number < queue.items:
         item = item_at(number, queue.heads, problem)
         walk = list_of(item, first, problem, BLOCK_K)
-        acc, row_lse, _share = attend_part(walk, scale, problem, buffers, PART, D, BLOCK_K, STAGES, True)
-        where = part_of(query_of(item, problem, TILE_Q), PART, TILE_Q)
-        rows, valid = rows_of_part(where, problem.queries, HALF, S)
-        head_lse = lse + over_samples(item.sample, item.head, problem).to(gl.int64) * tokens
-        gl.store(head_lse + rows, row_lse, mask=valid)
-        out = head_written(out_tile, out_run, tokens, item.sample, item.head, D)
-        first = gl.maximum(end_of(walk, BLOCK_K), first + 1)
+        acc, where, first = ATTEND(
+            item, walk, others, tokens, scale, problem, buffers, PART, D, BLOCK_K, TILE_Q, HALF, STAGES
+        )  # fmt: skip
+        out = head_written(written, tokens, item.sample, item.head, D)
         put_output(acc, out, where, first, turn, buffers, PART, D, HALF, STAGES)
         turn += 1
         number = announced(turn, buffers, PART)
     tma.store_wait(0)
+
+
+@gluon.jit
+def over_items(
+    read, written, behind, others, tokens, scale, problem, queue, buffers,
+    PRODUCE_BEHIND: gl.constexpr, ATTEND: gl.constexpr, REGISTERS: gl.constexpr,
+    D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """A producer, see `produce_items`, and two consumers with REGISTERS a thread, see `consume_items`.
+
+    Args:
+        read: pairs of descriptors, of q, k and v, then their `copies.Distances`.
+        written: the pair of descriptors of the output.
+        behind, others: what PRODUCE_BEHIND and ATTEND read and write besides.
+    """
+    gl.warp_specialize(
+        [
+            (produce_items, (
+                read, behind, problem, queue, buffers, PRODUCE_BEHIND, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES,
+            )),
+            (consume_items, (
+                written, others, tokens, scale, problem, queue, buffers, ATTEND,
+                0, D, BLOCK_K, TILE_Q, HALF, STAGES,
+            )),
+            (consume_items, (
+                written, others, tokens, scale, problem, queue, buffers, ATTEND,
+                1, D, BLOCK_K, TILE_Q, HALF, STAGES,
+            )),
+        ],
+        [4, 4],
+        [REGISTERS, REGISTERS],
+    )  # fmt: skip
+
+
+@gluon.jit
+def produce_nothing(item, first, end, behind, problem, buffers, D: gl.constexpr, STAGES: gl.constexpr):
+    """An empty list has a step without keys: its buffer is the output's."""
+    if end == first:
+        mbarrier.wait(buffers.k_empty.index(end % STAGES), (end // STAGES & 1) ^ 1)
+        mbarrier.arrive(buffers.k_full.index(end % STAGES), count=2)
+        give_no_values(end, buffers, STAGES)
+        end += 1
+    return end
+
+
+@gluon.jit
+def attend_list(
+    item, walk, others, tokens, scale, problem, buffers,
+    PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """A consumer's rows over an item's whole list; stores their LSE."""
+    acc, row_lse, _share = attend_part(walk, scale, problem, buffers, PART, D, BLOCK_K, STAGES, True)
+    where = part_of(query_of(item, problem, TILE_Q), PART, TILE_Q)
+    store_of_rows(others[0], row_lse, item, where, tokens, problem, HALF)
+    return acc, where, gl.maximum(end_of(walk, BLOCK_K), walk.first + 1)
 
 
 @gluon_kernel
@@ -310,22 +345,8 @@ def block_sparse_gluon_fwd_kernel(
         tokens: Nq.
         TILE_Q, TILE_K: tiles of query and key blocks, (0, 0, 0) for raster order; HALF is a consumer's part of TILE_Q.
     """
-    buffers = allocated(q_run.dtype, D, STAGES)
-    gl.warp_specialize(
-        [
-            (produce, (
-                q_tile, q_run, k_tile, k_run, v_tile, v_run, distances, problem, queue, buffers,
-                D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES,
-            )),
-            (consume, (
-                out_tile, out_run, lse, tokens, scale, problem, queue, buffers,
-                0, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES,
-            )),
-            (consume, (
-                out_tile, out_run, lse, tokens, scale, problem, queue, buffers,
-                1, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES,
-            )),
-        ],
-        [4, 4],
-        [224, 224],
+    over_items(
+        ((q_tile, q_run), (k_tile, k_run), (v_tile, v_run), distances), (out_tile, out_run), (), (lse,), tokens, scale,
+        problem, queue, allocated(q_run.dtype, D, STAGES), produce_nothing, attend_list, 224,
+        D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES,
     )  # fmt: skip

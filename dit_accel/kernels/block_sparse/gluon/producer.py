@@ -14,12 +14,14 @@ from dit_accel.kernels.block_sparse.gluon.copies import (
     fetch,
     fetch_listed,
     head_read,
+    item_at,
     list_of,
     part_of,
     place_at,
+    program_number,
     query_of,
 )
-from dit_accel.kernels.block_sparse.gluon.items import announce
+from dit_accel.kernels.block_sparse.gluon.items import announce, announce_end, next_item
 from dit_accel.kernels.block_sparse.triton_tokens import occupied
 
 
@@ -74,20 +76,44 @@ def produce_keys(
 
 @gluon.jit
 def produce_item(
-    number, item, turn, first, q_tile, q_run, k_tile, k_run, v_tile, v_run, distances, problem, buffers,
+    number, item, turn, first, read, problem, buffers,
     D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """An item's number, the queries of both consumers, then `produce_keys`. Returns the number of the next step."""
     walk = list_of(item, first, problem, BLOCK_K)
-    q = head_read(q_tile, q_run, distances[0], item.sample, item.head)
+    q = head_read(read[0], read[3][0], item.sample, item.head)
     where_q = query_of(item, problem, TILE_Q)
     announce(number, turn, buffers)
     for part in gl.static_range(2):
         where = part_of(where_q, part, TILE_Q)
         mbarrier.expect(buffers.q_full.index(part), ROWS * D * 2)
         fetch(q, where, buffers.q_full.index(part), buffers.q.index(part), 0, 1, ROWS, HALF, D)
-    k = head_read(k_tile, k_run, distances[1], item.sample, item.head)
-    v = head_read(v_tile, v_run, distances[2], item.sample, item.head)
+    k = head_read(read[1], read[3][1], item.sample, item.head)
+    v = head_read(read[2], read[3][2], item.sample, item.head)
     produce_keys(k, v, walk, problem, buffers, D, BLOCK_K, TILE_K, STAGES)
     return end_of(walk, BLOCK_K)
+
+
+@gluon.jit
+def produce_items(
+    read, behind, problem, queue, buffers, PRODUCE_BEHIND: gl.constexpr,
+    D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr, TILE_K: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """The producer: of each item `produce_item`, then the steps that PRODUCE_BEHIND makes from `behind`.
+
+    PRODUCE_BEHIND takes the number of the item's first step and of the next one, and returns that of the next item's.
+    """
+    number = program_number()
+    turn = number * 0
+    first = number * 0
+    while number < queue.items:
+        item = item_at(number, queue.heads, problem)
+        end = produce_item(
+            number, item, turn, first, read, problem, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES
+        )  # fmt: skip
+        first = PRODUCE_BEHIND(item, first, end, behind, problem, buffers, D, STAGES)
+        turn += 1
+        number = next_item(queue)
+    announce_end(number, turn, buffers)
