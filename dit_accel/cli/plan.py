@@ -17,6 +17,7 @@ from dit_accel.files import MARK, check_file, check_ours, staged
 from dit_accel.generation.output import check_matplotlib
 from dit_accel.generation.request import (
     METHOD_FORM,
+    MOST_STEPS,
     MethodOptions,
     ModelRequest,
     SettingsOptions,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from dit_accel.plans.plan import Plan
     from dit_accel.tokens import TokenGrid
 
+HEAD_DIM = 128  # of most models
 ENDS = ("first_sparse_step", "last_sparse_step")  # of a ramp
 
 
@@ -48,6 +50,9 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
     preset: bool = option(
         False, "With --model: use the settings recommended for it. Settings that you give take precedence."
     )
+    steps: int | None = option(
+        None, "With --level: number of denoising steps; by default the model's own.", least=1, most=MOST_STEPS
+    )
     grid: str | None = option(None, "Tokens: frames, height and width, such as 30x48x80.", metavar="FxHxW")
     text: int | None = option(None, "Text tokens in the sequence.", least=0)
     text_first: bool = option(False, "Text comes before the visual tokens.")
@@ -57,7 +62,7 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
     gpu: str | None = option(
         None, "Also show what would run on this GPU, such as sm_90; it need not be present.", metavar="sm_80|sm_90|..."
     )
-    head_dim: int = option(128, "Channels of a head, for --gpu.", least=1)
+    head_dim: int = option(HEAD_DIM, "Channels of a head, for --gpu and --gpus.", least=1)
     gpus: int | None = option(
         None, "Predict what this many GPUs do in a layer; needs --heads, --tflops and --link.", least=1, most=256
     )
@@ -77,6 +82,8 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
         """
         if self.model is None and (self.preset or self.level):
             raise DitAccelError("--preset and --level need a model. Give --model in place of --grid.")
+        if self.steps is not None and self.level is None:
+            raise DitAccelError("--steps changes only what --level chooses. Add --level, or leave --steps out.")
         if not (self.method or self.level or self.preset):
             family = None if self.model is None else self.subject().family
             raise DitAccelError(f"plan needs a method. {method_advice(family)}")
@@ -85,6 +92,8 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
 
     def check_gpus(self) -> None:
         """What a prediction for several GPUs needs, and what it cannot be given with."""
+        if self.gpus is None and self.gpu is None and self.head_dim != HEAD_DIM:
+            raise DitAccelError("--head-dim changes only what --gpu and --gpus show. Add one of them, or leave it out.")
         needs = {"--heads": self.heads, "--tflops": self.tflops, "--link": self.link}
         if self.gpus is None:
             typed = [name for name, value in needs.items() if value is not None]
@@ -101,7 +110,12 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
 
         assert self.model is not None
         request = ModelRequest(
-            model=self.model, revision=self.revision, frames=self.frames, height=self.height, width=self.width
+            model=self.model,
+            revision=self.revision,
+            frames=self.frames,
+            height=self.height,
+            width=self.width,
+            steps=self.steps,
         )
         subject = request.subject(find(self.model, self.revision))
         if self.gpu is None:
@@ -172,7 +186,7 @@ def plan(typed: dict[str, Any]) -> None:
     for end, of_end in zip(ENDS, facts, strict=False):
         if len(facts) > 1:
             typer.echo(f"{end.replace('_', ' ')}:")
-        _print_table(of_end)
+        _print_table(of_end, setting.words())
 
 
 def _refusal(candidate: Candidate, grid: TokenGrid) -> str | None:
@@ -212,7 +226,7 @@ def _facts(plan: Plan, options: PlanOptions) -> dict[str, Any]:
         facts["only_named"] = {options.gpu: plan.only_named(options.gpu, head_dim=options.head_dim, learned=learned)}
     if visited is not None:
         facts["block_density"] = visited / total
-    if visited:
+    if visited and plan.method != registry.DENSE:
         # dense attention has no padding slots, so they count against the method
         facts["ideal_speedup"] = plan.grid.tokens**2 / (visited * queries.block * keys.block * plan.head_share)
     return facts
@@ -261,7 +275,8 @@ def _print_forecast(facts: dict[str, Any], as_json: bool) -> None:
     typer.echo(f"speed-up {slow:.2f} times one GPU, {hidden:.2f} if traffic hides behind compute")
 
 
-def _print_table(facts: dict[str, Any]) -> None:
+def _print_table(facts: dict[str, Any], words: dict[str, str]) -> None:
+    """Print the facts of a plan; `words` are what the setting has besides the method, by name."""
     from rich.console import Console
     from rich.table import Table
 
@@ -277,6 +292,11 @@ def _print_table(facts: dict[str, Any]) -> None:
     if facts["refused"]:
         table.add_row("refused", facts["refused"])
     table.add_row("method", f"{facts['method']} ({settings})" if settings else facts["method"])
+    for name, text in words.items():
+        table.add_row(name, text)
+    if words:
+        kind = "dense" if facts["method"] == registry.DENSE else "sparse"
+        table.add_row("figures", f"of one {kind} attention call, without the rows above")
     table.add_row("tokens", f"{facts['tokens']:,} ({TokenGrid(**facts['grid'])})")
     known, every = facts["pairs"] is not None, facts["tokens"] ** 2
     pairs, note = (facts["pairs"], "") if known else (facts["pairs_bounds"][0], "at least ")

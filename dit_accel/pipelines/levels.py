@@ -242,9 +242,10 @@ def choose(level: str, case: Case) -> LevelRow:
     elif case.long and case.steps != 1:
         rows = [row for row in FEW_STEPS if row.fits(level, case)]
     else:
-        few = (
-            f"at most {FEW} steps leave none out, and sparse attention gains from {GAINS_FROM[case.video, case.gpu]:,}"
+        source = (
+            f"a run of {FEW} steps or fewer leaves none out, and sparse attention gains only in 2 steps or more on "
+            f"{GAINS_FROM[case.video, case.gpu]:,} tokens or more"
         )
-        return LevelRow(level, NOTHING, f"{few} tokens in 2 steps on: nothing is changed")
+        return LevelRow(level, NOTHING, source)
     (row,) = rows
     return dataclasses.replace(row, source=f"{row.source}; not measured on the family {case.family}")

@@ -178,3 +178,32 @@ def test_a_preset_and_a_level_of_a_model(cli):
 def test_a_missing_method_names_what_there_is(cli, arguments, words):
     outcome = cli("plan", *arguments)
     assert outcome.status == 2 and says(outcome.err, words), outcome.err
+
+
+def test_a_level_is_that_of_the_steps(cli):
+    """Of 4 steps no cache leaves one out; of the demo's own 12 the level is a cache."""
+    arguments = ("plan", "--model", "demo", "--level", "fast", "--json")
+    settings = [json.loads(cli(*arguments, *steps).out)["setting"] for steps in ((), ("--steps", 4))]
+    assert settings == ["dense cache=steps:computed=0x1x4", "dense"]
+
+
+def test_the_table_shows_schedule_and_cache(cli):
+    out = cli("plan", "--method", "sol dense_steps=2 cache=mag:threshold=0.1", "--grid", "4x8x8").out
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert rows["dense_steps"].strip() == "2" and rows["cache"].strip() == "mag:threshold=0.1"
+    assert "sparse" in rows["figures"]
+    assert "figures" not in cli("plan", "--method", "sol", "--grid", "4x8x8").out
+
+
+def test_dense_attention_has_no_speedup_over_itself(cli):
+    """Its blocks pad 320 tokens to 384, and the model's own code has no blocks."""
+    assert "ideal_speedup" not in json.loads(cli("plan", "--method", "dense", "--grid", "5x8x8", "--json").out)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(("--grid", "4x8x8", "--head-dim", 64), "--head-dim"), (("--model", "demo", "--steps", 4), "--steps")],
+)
+def test_options_without_effect_are_refused(cli, options, named):
+    outcome = cli("plan", "--method", "sol", *options)
+    assert (outcome.status, outcome.out) == (2, "") and says(outcome.err, named)
