@@ -30,7 +30,6 @@ ADAPTER = "dit_accel"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_METADATA = "lora_adapter_metadata"  # where Diffusers looks for an adapter's rank and alpha
 MODEL_FILES = "diffusion_pytorch_model{suffix}.safetensors"  # as Diffusers names them
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 SAMPLED = 16  # values of each tensor that enter a fingerprint
 
 

@@ -41,6 +41,8 @@ def run(request: TrainRequest) -> list[str]:
     """
     import torch
 
+    from dit_accel.train.networks import check_family
+
     run = request.run
     check_tracker(request.train.tracker)
     processes = meet(run.device)  # others wait while the first prepares the data
@@ -53,6 +55,7 @@ def run(request: TrainRequest) -> list[str]:
             f"with a {sources.INDEX}."
         )
     quantised.check_trainable(source)
+    check_family(source.family())
     sizes = source.sizes()
     shape = sizes.chosen(request.data.frames, request.data.height, request.data.width)
     size = {"height": shape[1], "width": shape[2]} | ({"num_frames": shape[0]} if sizes.video else {})

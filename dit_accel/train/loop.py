@@ -26,7 +26,7 @@ from dit_accel.generation.processes import meet
 from dit_accel.generation.sampling import progress_bar
 from dit_accel.pipelines.family import Family
 from dit_accel.pipelines.targets import find_transformers
-from dit_accel.registry import get_method
+from dit_accel.registry import get_method, learned_attributes
 from dit_accel.train import card, state
 from dit_accel.train.card import Base
 from dit_accel.train.data import Dataset, Order, TrainingSample, collate
@@ -78,11 +78,11 @@ def train(
 
 
 def lora_targets(transformer: nn.Module, family: Family, settings: TrainSettings) -> list[str]:
-    """The names of the linear layers that a LoRA adapts: the projections of self-attention, or what `targets` says."""
+    """The names of the linear layers that a LoRA adapts: those of self-attention, or what `targets` says."""
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     if settings.targets is None:
-        projections = {f"{name}.{part}" for name, _ in family.attentions(transformer) for part in adapters.PROJECTIONS}
-        return [name for name in linear if name in projections]
+        layers, learned = tuple(f"{name}." for name, _ in family.attentions(transformer)), learned_attributes()
+        return [name for name in linear if name.startswith(layers) and learned.isdisjoint(name.split("."))]
     ends = tuple(f".{target}" for target in settings.targets)
     return [name for name in linear if f".{name}".endswith(ends)]
 

@@ -33,7 +33,7 @@ class TrainingNetworks:
         teacher: a copy of the dense model, if all weights train.
 
     Raises:
-        DitAccelError: the family's timesteps do not follow from the noise level, or the output head is unknown.
+        DitAccelError: as for `check_family`, or the output head is unknown.
     """
 
     def __init__(
@@ -50,17 +50,13 @@ class TrainingNetworks:
         self._transformer, self._accel, self._lora = transformer, accel, lora
         others, hidden = of_methods(), "final" in objectives
         self._recorded = [others[name] for name in objectives if name in others]
-        # with rising time the model predicts the opposite direction
-        if family.timestep_scale is None or family.timestep_rises:
-            raise DitAccelError(
-                f"The timestep of {type(transformer).__name__} is not its noise level times a factor, so training does "
-                "not cover it. Train another model."
-            )
+        check_family(family)
         if hidden and not hasattr(transformer, "proj_out"):
             raise DitAccelError(
                 f"The objective final needs the input of proj_out, which {type(transformer).__name__} does not have. "
                 "Choose another, such as teacher."
             )
+        assert family.timestep_scale is not None
         self._scale = family.timestep_scale
         self._teacher = transformer if teacher is None else teacher
         self._sink: Outputs | None = None
@@ -140,6 +136,21 @@ class TrainingNetworks:
     def _see_hidden(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if self._sink is not None:
             self._sink.hidden = args[0]
+
+
+def check_family(family: Family) -> None:
+    """Refuse a family whose timestep is not the noise level times a factor, or that denoises a second stream too."""
+    # with rising time the model predicts the opposite direction
+    if family.timestep_scale is None or family.timestep_rises:
+        raise DitAccelError(
+            f"The timestep of the family {family.name} is not its noise level times a factor, so training does not "
+            "cover it. Train another model."
+        )
+    if family.stack.both:
+        raise DitAccelError(
+            f"The family {family.name} denoises sound beside the video, and training data hold the video alone. Train "
+            "another model."
+        )
 
 
 def expanded(call: Call, batch: int) -> Call:

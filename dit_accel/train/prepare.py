@@ -1,6 +1,6 @@
 """Makes training data (`data.py`) from captioned media, from the dense model's own samples, or from the demo's clips.
 
-The conditioning of a prompt is read from the pipeline's first transformer call, clean latents from its latent output.
+The conditioning of a prompt is read from the pipeline's first transformer call, clean latents from its last step.
 This works for text-to-image and text-to-video pipelines that pass their latents unchanged to the transformer. Pipelines
 that add other channels (image to video) are refused.
 """
@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
-from dit_accel.errors import DitAccelError
+from dit_accel.errors import DitAccelError, first_line
 from dit_accel.train.data import Call, TrainingSample
 
 SIZE = ("num_frames", "height", "width")
@@ -27,7 +28,7 @@ class _Seen(Exception):
     """Stops a pipeline at its first transformer call."""
 
 
-def find_transformer(pipe: DiffusionPipeline) -> torch.nn.Module:
+def find_transformer(pipe: DiffusionPipeline) -> nn.Module:
     """The pipeline's one transformer."""
     if getattr(pipe, "transformer", None) is None:
         raise DitAccelError(f"{type(pipe).__name__} has no transformer to train.")
@@ -65,14 +66,14 @@ class Preparer:
             steps: of the pipeline's call.
 
         Raises:
-            DitAccelError: the pipeline calls its transformer with several rows, a timestep for each token, or other
-                names of arguments.
+            DitAccelError: the pipeline needs more than a prompt, or calls its transformer with several rows, a timestep
+                for each token, or other names of arguments.
         """
         pipe, transformer = self.pipe, find_transformer(self.pipe)
         signature = inspect.signature(type(transformer).forward)
         seen: dict[str, Any] = {}
 
-        def look(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.update(signature.bind_partial(module, *args, **kwargs).arguments)
             raise _Seen
 
@@ -82,6 +83,11 @@ class Preparer:
         try:
             with torch.no_grad(), contextlib.suppress(_Seen):
                 pipe(prompt=prompt, generator=generator, num_inference_steps=steps, output_type="latent", **self._plain)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise DitAccelError(
+                f"{type(pipe).__name__} cannot be called with a prompt alone ({first_line(error)}). Training needs a "
+                "pipeline of text to image or text to video, and a size that it makes."
+            ) from error
         finally:
             handle.remove()
         latents, timestep = (tuple(getattr(seen.get(name), "shape", ())) for name in ("hidden_states", "timestep"))
@@ -113,9 +119,9 @@ class Preparer:
         for index, prompt in enumerate(prompts):
             call, shape = self.conditioning(prompt)
             generator = torch.Generator("cpu").manual_seed(seed + index)
-            output = self.pipe(prompt, generator=generator, output_type="latent", **{**dict(arguments), **self.size})
-            latents = output.frames if hasattr(output, "frames") else output.images
-            yield self._sample(latents, shape, call, prompt)
+            with _last_sample(self.pipe.scheduler) as latents:
+                self.pipe(prompt=prompt, generator=generator, output_type="latent", **{**dict(arguments), **self.size})
+            yield self._sample(latents[-1], shape, call, prompt)
 
     @torch.no_grad()
     def encoded(self, videos: Iterator[tuple[torch.Tensor, str]]) -> Iterator[TrainingSample]:
@@ -133,38 +139,75 @@ class Preparer:
         return TrainingSample(latents.float().cpu(), call, prompt)
 
 
+@contextlib.contextmanager
+def _last_sample(scheduler: Any) -> Iterator[list[torch.Tensor]]:
+    """A list that holds what the scheduler's last step returned; some pipelines put out latents of another shape."""
+    step, last = scheduler.step, list[torch.Tensor]()
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        output = step(*args, **kwargs)
+        last[:] = [output[0]]
+        return output
+
+    scheduler.step = watched
+    try:
+        yield last
+    finally:
+        del scheduler.step
+
+
 def encode(pipe: DiffusionPipeline, video: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Latents of a video as the transformer takes them.
 
     Args:
-        pipe: its codec's configuration scales the latents: by `latents_mean` and `latents_std`, or by `shift_factor`
-            and `scaling_factor`.
+        pipe: its codec's configuration or buffers tell the scale of the latents.
         video: float32 [1, 3, F, H, W] in [-1, 1].
         shape: of the transformer's latents; [1, N, C] means packing by the pipeline's own function.
 
     Raises:
-        DitAccelError: the codec's configuration has no scale.
+        DitAccelError: the codec does not tell the scale.
     """
-    vae, config = pipe.vae, pipe.vae.config
+    vae = pipe.vae
+    layers = list(vae.modules())
+    of_images = any(isinstance(layer, nn.Conv2d) for layer in layers) and not any(
+        isinstance(layer, nn.Conv3d) for layer in layers
+    )
     pixels = video.to(vae.device, vae.dtype)
-    is_image = vae.config.get("_class_name", type(vae).__name__) == "AutoencoderKL"
-    posterior = vae.encode(pixels[:, :, 0] if is_image else pixels).latent_dist
-    latents = posterior.mode().float()
-    if config.get("latents_mean") is not None:
+    latents = vae.encode(pixels[:, :, 0] if of_images else pixels).latent_dist.mode().float()
+    if hasattr(pipe, "_patchify_latents"):  # FLUX.2 scales 2 x 2 latents together
+        latents = pipe._patchify_latents(latents)
+    latents = _scaled(vae, latents)
+    return _packed(pipe, latents) if len(shape) == 3 and hasattr(pipe, "_pack_latents") else latents
+
+
+def _scaled(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Latents [B, C, ...] of a codec by its mean and deviation of each channel, or by its shift and factor."""
+    config, buffers = vae.config, dict(vae.named_buffers())
+    if "bn.running_mean" in buffers:  # FLUX.2
+        statistics = [buffers["bn.running_mean"], (buffers["bn.running_var"] + config["batch_norm_eps"]).sqrt()]
+    else:  # LTX has buffers of these names
+        statistics = [config.get(name, buffers.get(name)) for name in ("latents_mean", "latents_std")]
+    factor = config.get("scaling_factor")
+    if statistics[0] is not None:
         mean, std = (
-            torch.tensor(config[name], device=latents.device).view(1, -1, *([1] * (latents.ndim - 2)))
-            for name in ("latents_mean", "latents_std")
+            torch.as_tensor(values, dtype=torch.float32, device=latents.device).view(-1, *([1] * (latents.ndim - 2)))
+            for values in statistics
         )
-        latents = (latents - mean) / std
-    elif config.get("scaling_factor") is not None:
-        latents = (latents - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
-    else:
+        return (latents - mean) * (factor or 1.0) / std
+    if factor is None:
         raise DitAccelError(
             f"{type(vae).__name__} does not state the scale of its latents. Train on the model's own samples."
         )
-    if len(shape) == 3 and hasattr(pipe, "_pack_latents"):
-        latents = pipe._pack_latents(latents, *latents.shape)
-    return latents
+    return (latents - (config.get("shift_factor") or 0.0)) * factor
+
+
+def _packed(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Latents as a sequence of tokens [B, N, C], by the pipeline's own function."""
+    config, sizes = pipe.transformer.config, latents.shape
+    known = {"latents": latents, "batch_size": sizes[0], "num_channels_latents": sizes[1]}
+    known |= {"height": sizes[-2], "width": sizes[-1]}
+    known |= {name: config[name] for name in ("patch_size", "patch_size_t") if name in config}
+    return pipe._pack_latents(**{name: known[name] for name in inspect.signature(pipe._pack_latents).parameters})
 
 
 def captioned(folder: pathlib.Path, size: Mapping[str, int]) -> Iterator[tuple[torch.Tensor, str]]:
@@ -189,7 +232,7 @@ def captioned(folder: pathlib.Path, size: Mapping[str, int]) -> Iterator[tuple[t
         enlarged = [
             max(round(side * scale), wanted) for side, wanted in zip(pixels.shape[2:], (height, width), strict=True)
         ]
-        pixels = torch.nn.functional.interpolate(pixels, size=enlarged, mode="bilinear", antialias=True)
+        pixels = nn.functional.interpolate(pixels, size=enlarged, mode="bilinear", antialias=True)
         top, left = (pixels.shape[2] - height) // 2, (pixels.shape[3] - width) // 2
         yield pixels[:, :, top : top + height, left : left + width].clamp(-1, 1).transpose(0, 1), str(item.caption)
 

@@ -114,7 +114,7 @@ class TrainSettings:
     alpha: float | None = option(None, "Alpha of the LoRA; by default its rank.", above=0, typed=False)
     targets: tuple[str, ...] | None = option(
         None,
-        "Ends of the names of the linear layers to adapt; by default q, k, v and output of self-attention.",
+        "Ends of the names of the linear layers to adapt; by default those of self-attention.",
         typed=False,
     )
     levels: LevelSettings = option(LevelSettings, "How noise levels are drawn.", typed=False)

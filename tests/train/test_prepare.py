@@ -7,7 +7,9 @@ from messages import names
 from PIL import Image
 
 from dit_accel import DitAccelError
+from dit_accel.registry import get_families
 from dit_accel.train import prepare
+from dit_accel.train.networks import check_family
 from dit_accel.train.prepare import Preparer
 
 SIZE = {"num_frames": 5, "height": 32, "width": 48}
@@ -104,6 +106,16 @@ def test_calls_that_cannot_be_trained(call, message):
         Preparer(Pipe(), {}).conditioning("")
 
 
+def test_pipelines_that_need_an_image_are_refused(wan_folder):
+    from diffusers import WanImageToVideoPipeline, WanPipeline
+
+    pipe = WanPipeline.from_pretrained(wan_folder)
+    needs_image = WanImageToVideoPipeline(**pipe.components)
+    with pytest.raises(DitAccelError, match=names("WanImageToVideoPipeline image")):
+        Preparer(needs_image, SIZE).conditioning("a red circle")
+    assert not pipe.transformer._forward_pre_hooks
+
+
 def test_levels_are_those_the_pipeline_samples_at(flux_folder):
     """FLUX's pipeline gives its scheduler even levels and a shift by length, unlike the scheduler's own."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
@@ -116,3 +128,9 @@ def test_levels_are_those_the_pipeline_samples_at(flux_folder):
     assert torch.equal(levels, pipe.scheduler.sigmas) and levels.shape == (4,) and levels[-1] == 0
     with pytest.raises(DitAccelError, match=names("16 FluxPipeline")):
         Preparer(pipe, size).levels(3, torch.Size((1, 6, 16)))
+
+
+@pytest.mark.parametrize(("family", "word"), [("mochi", "timestep"), ("z_image", "timestep"), ("ltx2", "sound")])
+def test_families_that_cannot_be_trained(family, word):
+    with pytest.raises(DitAccelError, match=names(f"{family} {word}")):
+        check_family(get_families()[family])
