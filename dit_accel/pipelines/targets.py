@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -20,12 +21,12 @@ def find_transformers(target: Any) -> tuple[dict[str, tuple[nn.Module, Family]],
     Raises:
         DitAccelError: there is none, or one of them is of no supported family.
     """
-    components: dict[str, Any] | None
+    components: Any
     if isinstance(target, nn.Module):
         components, pipeline = {"transformer": target}, None
     else:
         components, pipeline = getattr(target, "components", None), target
-        if components is None:  # no pipeline of Diffusers: its transformers are attributes
+        if not isinstance(components, Mapping):  # no pipeline of Diffusers: its transformers are attributes
             names = [name for name in dir(target) if name.startswith("transformer")]
             components = {name: getattr(target, name) for name in names}
     transformers: dict[str, tuple[nn.Module, Family]] = {}

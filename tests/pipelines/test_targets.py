@@ -3,7 +3,7 @@
 import pytest
 import tiny_models
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, MiniMaxH3Scheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, MiniMaxH3Scheduler, WanPipeline
 from diffusers.modular_pipelines import FluxAutoBlocks
 from diffusers.modular_pipelines.minimax_h3.modular_blocks_minimax_h3 import MiniMaxH3CoreDenoiseStep
 from messages import names
@@ -42,9 +42,10 @@ def test_any_object_with_transformers(tiny):
         assert accel.report().calls == {"transformer": 0, "transformer_2": 1}
 
 
-def test_an_object_without_a_transformer(tiny):
+@pytest.mark.parametrize("target", [object(), WanPipeline], ids=["object", "a pipeline's class"])
+def test_an_object_without_a_transformer(target):
     with pytest.raises(dit_accel.DitAccelError, match=names("object transformer")):
-        dit_accel.accelerate(object(), "gna", window=1)
+        dit_accel.accelerate(target, "gna", window=1)
 
 
 def test_minimax_h3_in_its_own_denoising_loop():
