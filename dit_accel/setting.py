@@ -290,8 +290,17 @@ class Setting:
 
 def _split(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Method, settings and words of a text, by name."""
-    get_method(text if not isinstance(text, str) else re.split(r"[:\s]", text, maxsplit=1)[0])
+    if not isinstance(text, str):
+        get_method(text)
     parts = re.split(rf"\s+(?=(?:{'|'.join(WORDS)})\s*=)", text.strip())
+    name = re.split(r"[:\s]", parts[0], maxsplit=1)[0]
+    get_method(name)
+    rest = parts[0].removeprefix(name)
+    if rest and not rest.startswith(":"):
+        raise DitAccelError(
+            f"{rest.strip()!r} behind {name} is neither a setting nor a word. Settings of a method follow a colon, as "
+            f"in {name}:key=value; the words are {', '.join(WORDS)}, each with = and a value."
+        )
     method, config = parse_method(parts[0])
     words: dict[str, Any] = {}
     for part in parts[1:]:

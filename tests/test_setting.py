@@ -187,6 +187,18 @@ def test_words_are_refused_by_name(text):
         Setting.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "rest"), [("sol tau=1", "'tau=1'"), ("sol fast", "'fast'"), ("sol tau=1 cache=mag", "'tau=1'")]
+)
+def test_what_is_neither_a_setting_nor_a_word_is_named(text, rest):
+    with pytest.raises(dit_accel.DitAccelError, match=names("sol", rest, "sol:key=value dense_steps")):
+        Setting.parse(text)
+
+
+def test_space_around_a_text_is_nothing():
+    assert Setting.parse(" sol:tau=2 dense_steps=1 \n").text == "sol:tau=2 dense_steps=1"
+
+
 def test_a_setting_in_place_of_a_method(tiny_wan, wan_inputs):
     transformer, inputs = tiny_wan(3), wan_inputs()
     outputs = []
