@@ -11,7 +11,7 @@ from messages import names
 from tiny_models import get, run
 
 import dit_accel
-from dit_accel.errors import DitAccelError
+from dit_accel.errors import DitAccelError, DitAccelWarning
 from dit_accel.registry import get_families
 from dit_accel.setting import Setting
 
@@ -146,6 +146,26 @@ def test_a_pause_that_outlasts_the_accelerator_puts_nothing_back(when, wan_pipe)
     assert {name: dict(vars(module)) for name, module in pipe.transformer.named_modules()} == modules
     assert {processor._attention_backend for processor in pipe.transformer.attn_processors.values()} == {None}
     assert torch.equal(generate(pipe), dense)
+
+
+@pytest.mark.parametrize("cache", [MAG, "steps:computed=0x2"])
+def test_a_cache_that_the_user_takes_off_is_not_reported_as_at_work(cache, wan_pipe):
+    pipe = wan_pipe()
+    dense = generate(pipe)
+    accel = dit_accel.accelerate(pipe, "dense", cache=cache)
+    generate(pipe)
+    before = accel.report().cache
+    pipe.transformer.disable_cache()
+    with pytest.warns(DitAccelWarning, match=names(cache, "disable_cache")) as said:
+        assert torch.equal(generate(pipe), dense)
+    assert len(said) == 1
+    after = accel.report().cache
+    assert (after.computed, after.skipped, after.branches) == (before.computed, before.skipped, before.branches)
+    assert [note for note in after.notes if note not in before.notes]
+    accel.remove()
+    with dit_accel.accelerated(pipe, "dense", cache=cache) as accel:
+        generate(pipe)
+        assert accel.report().cache.skipped
 
 
 def test_what_cannot_work_changes_nothing(wan_pipe):

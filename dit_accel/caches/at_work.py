@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from dit_accel.caches.hooking import PlacedHooks, present_cache
 from dit_accel.caches.ratios import MagRatios, mag_ratios
 from dit_accel.caches.record import BranchReport, CacheReport, size_of
 from dit_accel.caches.step_cache import ChosenSteps, StepCache
-from dit_accel.errors import DitAccelError
+from dit_accel.errors import DitAccelError, DitAccelWarning
 from dit_accel.pipelines.family import Family, fits_path
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class CacheAtWork:
     @property
     def skips(self) -> bool:
         """Whether it is known before the call that its blocks are skipped."""
-        return self._listed is not None and not self._listed.computes
+        return self._listed is not None and bool(self._branch) and not self._listed.computes
 
     def attach(self) -> None:
         """Put the cache on. An error takes everything off again."""
@@ -235,6 +236,12 @@ class CacheAtWork:
         """
         if self._hooks is None:
             return
+        if self._listed is not None:
+            self._listed.end()
+        if self._hooks.gone:
+            self._branch = ""
+            self._note_gone()
+            return
         managers = self._managers
         context = managers[0]._context if managers else None
         theirs = None if context is self._context else context
@@ -244,8 +251,6 @@ class CacheAtWork:
                 f"{self.cache.name} needs the step of each call, and nothing tells it. Accelerate the pipeline, or "
                 f"call set_step(i, n) before the call{enter}."
             )
-        if self._listed is not None:
-            self._listed.end()
         before, self._moment = self._moment, now
         if now.index is not None:
             anew = before.index is None or now.index < before.index
@@ -264,6 +269,18 @@ class CacheAtWork:
             self._listed.begin(managers[0].get_state(), now.index)
         elif now.index is not None and self.cache.name == "mag":
             self._lead_mag(managers[0], now)
+
+    def _note_gone(self) -> None:
+        """Say once that the cache is at work no longer."""
+        note = f"no longer on {self.name}: it was taken off since, as disable_cache() does, and nothing is skipped"
+        if note in self.notes:
+            return
+        self.notes.append(note)
+        warnings.warn(
+            f"The step cache {self.cache} is {note}. Call accelerate(..., replace=True) to put it on again.",
+            DitAccelWarning,
+            stacklevel=2,
+        )
 
     def _prepare(self, now: Moment) -> None:
         """Take the number of steps of a new run, and refuse a run that the cache is not for."""

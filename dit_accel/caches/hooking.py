@@ -31,6 +31,11 @@ class PlacedHook:
     hook: Any
     forward: Any
 
+    @property
+    def present(self) -> bool:
+        """Whether the hook is on the module still."""
+        return _registered(self.module).get(self.name) is self.hook
+
 
 class PlacedHooks:
     """The hooks on a transformer since a moment.
@@ -68,19 +73,24 @@ class PlacedHooks:
         """Hooks with one state, whatever the branch."""
         return [placed.hook for placed in self.hooks if hasattr(placed.hook, "state")]
 
+    @property
+    def gone(self) -> bool:
+        """Whether somebody else has taken all of them off, as `disable_cache` does."""
+        return not any(placed.present for placed in self.hooks)
+
     def remove(self) -> None:
         """Restore forwards and registries. What was set above a hook since stays, and one that is gone is left out."""
         for placed in reversed(self.hooks):
-            registry = vars(placed.module).get("_diffusers_hook")
-            if registry is None or registry.get_hook(placed.name) is not placed.hook:
+            if not placed.present:
                 continue  # taken off by somebody else, such as disable_cache()
+            registry: Any = placed.module._diffusers_hook
             outer, last = vars(placed.module).get("forward"), registry._hook_order[-1] == placed.name
             registry.remove_hook(placed.name, recurse=False)
             if last and outer is not placed.forward:  # that wrapper stays, and the hook passes its calls through
                 placed.hook.fn_ref.forward = placed.module.forward
                 placed.module.forward = outer  # type: ignore[assignment]
-        for module, (forward, registry) in self._modules.items():
-            if not registry and "_diffusers_hook" in vars(module) and not _registered(module):
+        for module, (forward, registered) in self._modules.items():
+            if not registered and "_diffusers_hook" in vars(module) and not _registered(module):
                 del module._diffusers_hook
             now = vars(module).get("forward")
             if not forward and getattr(now, "__func__", None) is type(module).forward:
