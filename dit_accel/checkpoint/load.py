@@ -49,7 +49,8 @@ def load(
         config: settings of the method in place of a published format's own.
 
     Raises:
-        DitAccelError: the files are missing, damaged, incomplete, pickled or of another model. Nothing has changed.
+        DitAccelError: the files are missing, damaged, incomplete, pickled or of another model. The model is as it was;
+            with `replace` the old accelerator may be removed, as a fine-tuning is compared with the base weights.
     """
     where = locate(path, revision)
     how: dict[str, Any] = {"verify": verify, "keep_dense_above": keep_dense_above, "dense_backend": dense_backend}

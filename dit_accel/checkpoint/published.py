@@ -204,7 +204,7 @@ def load(
         how: arguments of `accelerate`.
 
     Raises:
-        DitAccelError: as for `fit` and `accelerate`. Nothing has changed then.
+        DitAccelError: as for `fit` and `accelerate`. Nothing has changed then, save as in `checkpoint.load`.
     """
     fitting = fit(target, files, overrides)
     tuned, (transformers, pipeline) = fitting.tuned, find_transformers(target)

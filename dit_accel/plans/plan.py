@@ -238,7 +238,8 @@ def attention(
         impl: "auto", or the name of an implementation, which runs or raises.
 
     Returns:
-        [B, H, N, D] in the dtype of q, laid out as [B, N, H, D] in memory.
+        [B, H, N, D] in the dtype of q. Its memory is [B, N, H, D], as models flatten it, unless PyTorch's own attention
+        computes whole heads (`dense`, `heads`, `moh`).
 
     Raises:
         DitAccelError: shapes, dtypes or devices do not fit the plan or each other, a tensor is empty, or `impl` cannot
