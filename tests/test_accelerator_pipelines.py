@@ -117,6 +117,21 @@ def test_dense_is_bit_identical(method, wan_pipe):
     assert torch.equal(generate(pipe), before)
 
 
+@pytest.mark.parametrize("last", [0, 1])
+@pytest.mark.parametrize("steps", [4, 5])
+@pytest.mark.parametrize(
+    "method", ["sparge:block=16,block_q=16,refresh=2", "gna:window=2x3x4,share=residual,refresh=2"]
+)
+def test_nothing_is_kept_behind_a_run(method, steps, last, wan_pipe):
+    """Whether the last step refreshes, reuses or is dense."""
+    pipe = wan_pipe()
+    with dit_accel.accelerate(pipe, method, dense_last_steps=last) as accel:
+        generate(pipe, steps=steps)
+        report = accel.report()
+        assert all(layer.kept_bytes for layer in report.layers)
+        assert not any(layer.ours.stored for engine in accel._engines for layer in engine.layers)
+
+
 def test_two_transformers_share_the_trajectory(wan_pipe, tiny_wan):
     """Wan 2.2: the second transformer takes over in the middle, and its first step is no first step."""
     pipe = wan_pipe(transformer_2=tiny_wan(3), boundary_ratio=0.8)

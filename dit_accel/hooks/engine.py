@@ -264,6 +264,8 @@ class Engine(AtWork):
         self._remark(None if now is None else now.count)
         if reason is not None:
             self._last = dict.fromkeys(self._states, reason)
+            for layer in self.layers:  # first steps have nothing of this run yet, and last steps need nothing more
+                layer.ours.stored.clear()
             self.several.attend_densely(layout, states)
             return None
         # without a scheduler only the timestep's value tells the step, and reading it waits for the device
@@ -388,5 +390,7 @@ class Engine(AtWork):
             for layer in self.layers:
                 layer.ours.stored.clear()
         self._number = self._number + 1 if before is not None and before.index == step.index else 0
+        last = step.count is not None and step.index + 1 >= step.count
+        last = last and not torch.is_grad_enabled()  # else a backward pass may recompute the call
         for state in self._states.values():
-            state.step = step.index, self._number, step.count is not None and step.index + 1 >= step.count
+            state.step = step.index, self._number, last

@@ -33,7 +33,7 @@ class ListMemory(NamedTuple):
     Attributes:
         step: index of the call's denoising step.
         number: index of the call within the step; guidance in two calls has 0 and 1.
-        last: whether this is the last step.
+        last: whether this is the last step, behind which nothing is kept.
         stored: results, by the call's number.
     """
 
@@ -57,7 +57,7 @@ def recalled_lists(
     """
     if memory is None or refresh == 1:
         return choose()
-    blocks, entry = shape[3], memory.stored.get(memory.number)
+    blocks, entry = shape[3], memory.stored.pop(memory.number, None)
     powers = 1 << torch.arange(8, device="cpu")
     if (
         entry is not None
@@ -65,9 +65,13 @@ def recalled_lists(
         and tuple(entry.bits.shape[:3]) == shape[:3]
         and 0 <= memory.step - entry.step < refresh
     ):
+        if not memory.last:
+            memory.stored[memory.number] = entry
         marked = (entry.bits[..., None] & powers.to(entry.bits)) != 0
         return BlockLists(*lists_of(marked.flatten(-2)[..., :blocks], entry.width))
     lists = choose()
+    if memory.last:
+        return lists
     marked = torch.nn.functional.pad(lists.map(lists.used, blocks), (0, -blocks % 8)).unflatten(-1, (-1, 8))
     bits = (marked * powers.to(marked.device)).sum(-1).to(torch.uint8)
     memory.stored[memory.number] = StoredLists(owner, memory.step, bits, lists.indices.shape[-1])
