@@ -75,9 +75,10 @@ class PlanCache:
             least = (least if plan.config.share == "residual" else 0.0) + 1 / plan.config.refresh
         if least < 1:
             return
+        counted = "" if plan.config.share == "none" else ", its dense steps counted,"
         settings = ", ".join(f"{key}={value!r}" for key, value in settings_of(plan.config).items())
         raise DitAccelError(
-            f"{plan.method} with {settings} keeps every pair of tokens on the grid {plan.grid}, which is dense "
-            "attention made slower. Choose tighter settings or smaller blocks, a larger picture or video, or 'dense' "
-            "to leave the model as it is."
+            f"{plan.method} with {settings} keeps every pair of tokens{counted} on the grid {plan.grid}, which is "
+            "dense attention made slower. Choose tighter settings or smaller blocks, a larger picture or video, or "
+            "'dense' to leave the model as it is."
         )
