@@ -66,6 +66,9 @@ def test_a_copy_of_an_accelerated_transformer_is_refused(tiny_wan, wan_inputs):
         twin = copy.deepcopy(transformer)
         with pytest.raises(dit_accel.DitAccelError, match=names("copy")):
             run(twin, wan_inputs())
+        for replace in (False, True):
+            with pytest.raises(dit_accel.DitAccelError, match=names("copy")):
+                dit_accel.accelerate(twin, "gna", replace=replace, **WINDOW)
 
 
 @pytest.mark.parametrize(

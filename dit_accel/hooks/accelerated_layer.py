@@ -161,11 +161,21 @@ def find_layers(
         sees_text = family.sees_text(path)
         original: Any = attention.processor
         if isinstance(original, AcceleratedAttnProcessor):  # set by an accelerator that this one replaces
+            if original.copied:
+                raise copy_error(transformer)
             original.settle()
             original = original.inner
         ours = wrap_processor(original, state(config, reason, sees_text), family.sparse_calls)
         layers.append(AcceleratedLayer(path, attention, config, reason, sees_text, original, ours))
     return layers
+
+
+def copy_error(transformer: nn.Module) -> DitAccelError:
+    """The error about a copy of an accelerated transformer."""
+    return DitAccelError(
+        f"This {type(transformer).__name__} is a copy of an accelerated one and would follow the original's calls. "
+        "Call remove() before copying, or copy first and accelerate the copy."
+    )
 
 
 def naming_remove(load: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from dit_accel.caches.at_work import CacheAtWork
 from dit_accel.errors import DitAccelError, DitAccelWarning
 from dit_accel.hooks.accelerated_layer import (
     AcceleratedLayer,
+    copy_error,
     find_layers,
     naming_remove,
     refuse_export,
@@ -224,10 +225,7 @@ class Engine(AtWork):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Decide how the layers of this call attend; return its arguments if they change."""
         if module is not self._transformer:
-            raise DitAccelError(
-                f"This {type(module).__name__} is a copy of an accelerated one and would follow the original's calls. "
-                "Call remove() before copying, or copy first and accelerate the copy."
-            )
+            raise copy_error(module)
         self.count_last_call()
         self._arranged.end()
         self.calls += 1

@@ -164,6 +164,11 @@ class LayerAttention(AtWork):
             self.key = torch.tensor(number)
         _LAYERS[number] = self
 
+    @property
+    def copied(self) -> bool:
+        """Whether this is a copy, to which no `key` leads."""
+        return _LAYERS.get(int(self.key)) is not self
+
     def take_learned(self, learned: nn.Module | None) -> None:
         """Set `learned`; not as a submodule where a subclass is an `nn.Module`."""
         vars(self)["learned"] = learned
