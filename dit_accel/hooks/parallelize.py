@@ -55,7 +55,7 @@ def _sharding(transformer: nn.Module, family: Family) -> Sharding:
     name = type(transformer).__name__
     if config_of(transformer) is not None:
         raise DitAccelError(f"{name} runs with context parallelism already; call parallelize() or Diffusers', once.")
-    sharding = family.shardings.get(name) or Sharding.of_class(transformer)
+    sharding = family.sharding_of(transformer)
     if sharding is None:
         raise DitAccelError(
             f"No sharding of {name} is known: neither the family {family.name} nor Diffusers says which of its tensors "

@@ -10,7 +10,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, ModelInputs, video_family
 from dit_accel.pipelines.reading import video_alone
-from dit_accel.pipelines.sharding import IMAGE_TOKENS, Sharding
+from dit_accel.pipelines.sharding import Sharding
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, vae_frames, vae_pixels, video_sizes
 
 
@@ -37,15 +37,7 @@ FAMILY = video_family(
     transformers=("AllegroTransformer3DModel",),
     layout=layout,
     sizes=sizes,
-    shardings={
-        "AllegroTransformer3DModel": Sharding(
-            {
-                "transformer_blocks.0": {"hidden_states": 1},
-                # tables of each axis, and every token's place on it
-                "transformer_blocks.*": {"image_rotary_emb": (None, (1, 1, 1))},
-            },
-            outputs={"proj_out": (IMAGE_TOKENS,)},
-        )
-    },
+    # positions: tables of each axis, and every token's place on it
+    sharding=Sharding.of_blocks("transformer_blocks", output="proj_out", image_rotary_emb=(None, (1, 1, 1))),
     summary="Allegro: text to video",
 )

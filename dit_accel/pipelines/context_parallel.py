@@ -21,7 +21,7 @@ from torch import nn
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.ring import Ring, Traffic
-from dit_accel.pipelines.sharding import Shares, exchange, shared_of
+from dit_accel.pipelines.sharding import Sharding, Shares, exchange, shared_of
 from dit_accel.plans.plan import Plan, PlanArguments
 from dit_accel.plans.ranges import even_shares, ranges_of, streams_of
 from dit_accel.tokens import TokenGrid
@@ -183,18 +183,16 @@ def sharing(transformer: nn.Module, grid: TokenGrid, traffic: Traffic) -> Ulysse
 
 
 def streams(transformer: nn.Module, grid: TokenGrid) -> tuple[int, int]:
-    """Tokens of `sharding.IMAGE` and `sharding.TEXT` in a call, in all processes."""
+    """Tokens of `IMAGE_TOKENS` and `TEXT_TOKENS` in a call, in all processes."""
     return (grid.tokens - grid.text, grid.text) if _separate(transformer) else (grid.tokens, 0)
 
 
 def _separate(transformer: nn.Module) -> bool:
     """Whether text is shared apart from the image."""
     shared = shared_of(transformer)
-    if shared is not None:
-        return shared.sharding.separate
-    plan: Any = transformer._cp_plan
-    both = {"hidden_states", "encoder_hidden_states"}
-    return any(isinstance(inputs, dict) and both <= inputs.keys() for inputs in plan.values())
+    sharding = Sharding.of_class(transformer) if shared is None else shared.sharding
+    assert sharding is not None  # `check` refuses a class without a plan
+    return sharding.separate
 
 
 def _shares_anything(transformer: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from dit_accel.pipelines.sizes import Config, Sizes
 from dit_accel.pipelines.stacks import BlockStack
 from dit_accel.plans.anchored import AnchoredPlan
 from dit_accel.tokens import TokenGrid
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,9 +217,9 @@ class Family:
             the processor first and calls `processor.attend`.
         head_dim: channels of one head of an attention module.
         extend: the arguments of a call with a plan's anchors behind each frame; None if the family takes no anchors.
-        shardings: which tensors of a call processes share, by class; others follow the class's own `_cp_plan`.
+        sharding: which tensors of a call processes share; None: those of the class's own `_cp_plan`.
         stack: the blocks that a step cache may skip.
-        stacks: those of transformers that differ, by class name.
+        shardings, stacks: those of transformers that differ, by class name.
     """
 
     name: str
@@ -236,6 +238,7 @@ class Family:
     sparse_calls: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     head_dim: Callable[[Any], int] = _head_dim
     extend: Callable[[ModelInputs, AnchoredPlan], dict[str, Any]] | None = None
+    sharding: Sharding | None = None
     shardings: Mapping[str, Sharding] = dataclasses.field(default_factory=dict)
     stack: BlockStack = dataclasses.field(default_factory=BlockStack)
     stacks: Mapping[str, BlockStack] = dataclasses.field(default_factory=dict)
@@ -264,8 +267,11 @@ class Family:
 
     def stack_of(self, transformer: nn.Module) -> BlockStack:
         """The blocks of this transformer that a step cache may skip."""
-        names = [kind.__name__ for kind in type(transformer).__mro__]
-        return next((self.stacks[name] for name in names if name in self.stacks), self.stack)
+        return _by_class(transformer, self.stacks, self.stack)
+
+    def sharding_of(self, transformer: nn.Module) -> Sharding | None:
+        """How processes share the tokens of this transformer; None if neither the family nor its class tells."""
+        return _by_class(transformer, self.shardings, self.sharding) or Sharding.of_class(transformer)
 
     def preset(self, method: str, transformers: int = 1) -> Preset:
         """The recommended settings of a method in a pipeline with that many transformers.
@@ -310,6 +316,12 @@ class Family:
         if value is None or self.timestep_scale is None:
             return None
         return (1 - value if self.timestep_rises else value) * self.timestep_scale
+
+
+def _by_class(transformer: nn.Module, others: Mapping[str, T], default: T) -> T:
+    """What is declared for the nearest class of a transformer, or the default."""
+    names = (kind.__name__ for kind in type(transformer).__mro__)
+    return next((others[name] for name in names if name in others), default)
 
 
 # A family of videos; one with settings of its own adds them to `TRAINING_FREE`.

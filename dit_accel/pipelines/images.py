@@ -15,7 +15,7 @@ import torch
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, Family, ModelInputs
 from dit_accel.pipelines.reading import bias_text, image_of, mask_text
-from dit_accel.pipelines.sharding import IMAGE_TOKENS, Sharding
+from dit_accel.pipelines.sharding import Sharding
 from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, square_sizes, vae_pixels
 from dit_accel.pipelines.stacks import TEXT_FIRST, VISUAL, VISUAL_FIRST, BlockStack
 
@@ -191,13 +191,7 @@ FAMILIES = (
             transformer, vae, text=333, longest=transformer["pos_embed_max_size"]
         ),
         stack=BlockStack({"transformer_blocks": TEXT_FIRST}, last_alone=True),
-        shardings={
-            "SD3Transformer2DModel": Sharding(
-                {"transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1}},
-                outputs={"proj_out": (IMAGE_TOKENS,)},
-                separate=True,
-            )
-        },
+        sharding=Sharding.of_joint_blocks(),
         summary="Stable Diffusion 3 and 3.5",
     ),
 )

@@ -14,7 +14,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelInputs, Preset, video_family
 from dit_accel.pipelines.processor import joint_call
 from dit_accel.pipelines.reading import mask_text, video_of
-from dit_accel.pipelines.sharding import IMAGE_TOKENS, Axes, Counted, Sharding
+from dit_accel.pipelines.sharding import Axes, Counted, Sharding
 from dit_accel.pipelines.sizes import Config, Sizes, patch_of, video_sizes
 from dit_accel.pipelines.stacks import VISUAL_FIRST, BlockStack
 
@@ -77,15 +77,7 @@ def mochi_sizes(transformer: Config, vae: Config) -> Sizes:
 
 # A replaced first frame (image to video) is counted by `num_tokens`. The lists of blocks name positions differently.
 TOKENS: Mapping[str, Axes] = {"freqs_cis": (0, 0), "image_rotary_emb": (0, 0), "num_tokens": Counted()}
-HUNYUAN = Sharding(
-    {
-        "transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1},
-        "transformer_blocks.*": TOKENS,
-        "single_transformer_blocks.*": TOKENS,
-    },
-    outputs={"proj_out": (IMAGE_TOKENS,)},
-    separate=True,
-)
+
 FAMILIES = (
     # Only the number of valid tokens in the mask counts, as in the model. A replaced first frame (image to video) has
     # its own modulation and is an ordinary frame of the grid. The text refiner's attention stays the model's own.
@@ -100,7 +92,7 @@ FAMILIES = (
             by_token=TOKENS,
             latent=True,
         ),
-        shardings={"HunyuanVideoTransformer3DModel": HUNYUAN},
+        sharding=Sharding.of_joint_blocks(**TOKENS).with_inputs({"single_transformer_blocks.*": TOKENS}),
         summary="HunyuanVideo: text to video, image to video",
         recommended=TRAINING_FREE
         | {
@@ -126,14 +118,7 @@ FAMILIES = (
         layout=hunyuan_video_15,
         sizes=hunyuan_video_15_sizes,
         stack=BlockStack({"transformer_blocks": VISUAL_FIRST}),
-        shardings={
-            "HunyuanVideo15Transformer3DModel": Sharding(
-                {"transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1}}
-                | {"transformer_blocks.*": {"freqs_cis": (0, 0)}},
-                outputs={"proj_out": (IMAGE_TOKENS,)},
-                separate=True,
-            )
-        },
+        sharding=Sharding.of_joint_blocks(freqs_cis=(0, 0)),
         summary="HunyuanVideo 1.5: text to video, image to video",
         sparse_calls={"HunyuanVideo15AttnProcessor2_0": joint_call(rotate_hunyuan)},
     ),
@@ -145,14 +130,7 @@ FAMILIES = (
         layout=mochi,
         sizes=mochi_sizes,
         stack=BlockStack({"transformer_blocks": VISUAL_FIRST}),
-        shardings={
-            "MochiTransformer3DModel": Sharding(
-                {"transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1}}
-                | {"transformer_blocks.*": {"image_rotary_emb": (0, 0)}},
-                outputs={"proj_out": (IMAGE_TOKENS,)},
-                separate=True,
-            )
-        },
+        sharding=Sharding.of_joint_blocks(image_rotary_emb=(0, 0)),
         summary="Mochi 1: text to video",
         timestep_scale=None,
         sparse_calls={"MochiAttnProcessor2_0": joint_call(rotate_mochi)},

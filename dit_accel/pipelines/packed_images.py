@@ -19,6 +19,9 @@ from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, packed_sizes, 
 from dit_accel.pipelines.stacks import TEXT_FIRST, VISUAL, VISUAL_FIRST, BlockStack
 
 BLOCKS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
+# Single blocks get text and image apart, or joined.
+APART = BlockStack({"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": TEXT_FIRST})
+JOINED = BlockStack({"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": VISUAL})
 PADDING, IMAGE = 0, 2  # values of Ideogram's `indicator`; text is 3
 
 
@@ -151,9 +154,8 @@ def bria_sizes(transformer: Config, vae: Config) -> Sizes:
 
 
 def flux_sizes(transformer: Config, vae: Config) -> Sizes:
-    return packed_sizes(256 if transformer.get("_class_name") == "OvisImageTransformer2DModel" else 512)(
-        transformer, vae
-    )
+    text = 256 if transformer.get("_class_name") == "OvisImageTransformer2DModel" else 512
+    return packed_sizes(text)(transformer, vae)
 
 
 FAMILIES = (
@@ -164,12 +166,8 @@ FAMILIES = (
         attention=BLOCKS,
         layout=bria,
         sizes=bria_sizes,
-        stack=BlockStack({"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": TEXT_FIRST}),
-        stacks={
-            "BriaFiboTransformer2DModel": BlockStack(
-                {"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": VISUAL}
-            )
-        },
+        stack=APART,
+        stacks={"BriaFiboTransformer2DModel": JOINED},
         summary="Bria 3.2, Bria FIBO",
     ),
     # Padded text is attended, as in training. Single blocks get the joined sequence without the text's length, which
@@ -185,12 +183,8 @@ FAMILIES = (
         attention=BLOCKS,
         layout=flux,
         sizes=flux_sizes,
-        stack=BlockStack({"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": TEXT_FIRST}),
-        stacks={
-            "ChromaTransformer2DModel": BlockStack(
-                {"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": VISUAL}
-            )
-        },
+        stack=APART,
+        stacks={"ChromaTransformer2DModel": JOINED},
         summary="FLUX.1: dev, schnell, Fill, Control, Kontext; Chroma, LongCat-Image, Ovis-Image",
         timestep_scale=1000.0,
         recommended={
@@ -220,7 +214,7 @@ FAMILIES = (
         attention=BLOCKS,
         layout=flux2,
         sizes=packed_sizes(text=512),
-        stack=BlockStack({"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": VISUAL}),
+        stack=JOINED,
         summary="FLUX.2: dev, Klein (without its key-value cache)",
         timestep_scale=1000.0,
         extend=in_packed,

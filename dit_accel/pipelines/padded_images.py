@@ -11,7 +11,7 @@ import torch
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, Family, ModelInputs, patch_grid
 from dit_accel.pipelines.reading import dense_note, image_of, lengths, mask_text
-from dit_accel.pipelines.sharding import IMAGE_TOKENS, Sharding
+from dit_accel.pipelines.sharding import Sharding
 from dit_accel.pipelines.sizes import Config, Shape, Sizes, image_sizes, square_sizes, vae_pixels
 from dit_accel.pipelines.stacks import VISUAL, VISUAL_FIRST, BlockStack
 from dit_accel.tokens import TokenGrid
@@ -193,12 +193,7 @@ FAMILIES = (
         layout=z_image,
         sizes=z_image_sizes,
         stack=BlockStack({"layers": ("x",)}, visual="x", outputs=("all_final_layer.*",)),
-        shardings={
-            "ZImageTransformer2DModel": Sharding(
-                {"layers.0": {"x": 1}, "layers.*": {"freqs_cis": 1, "noise_mask": 1}},
-                outputs={"layers.-1": (IMAGE_TOKENS,)},
-            )
-        },
+        sharding=Sharding.of_blocks("layers", "x", "layers.-1", freqs_cis=1, noise_mask=1),
         summary="Z-Image: base, Turbo",
         timestep_name="t",
         timestep_scale=1000.0,

@@ -46,8 +46,6 @@ def quiet_libraries() -> Iterator[None]:
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Silences the progress bars and log lines of Diffusers and Transformers, but no exception."""
-    import logging
-
     import diffusers.utils.logging
     import transformers.utils.logging
 

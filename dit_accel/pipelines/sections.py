@@ -108,17 +108,10 @@ FAMILIES = (
         sizes=framepack_sizes,
         stack=BlockStack({"transformer_blocks": VISUAL_FIRST, "single_transformer_blocks": VISUAL_FIRST}),
         # the section is cut out of the history behind the blocks
-        shardings={
-            "HunyuanVideoFramepackTransformer3DModel": Sharding(
-                {
-                    "transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1},
-                    "transformer_blocks.*": {"freqs_cis": (0, 0)},
-                    "single_transformer_blocks.*": {"image_rotary_emb": (0, 0)},
-                },
-                outputs={"single_transformer_blocks.-1": (IMAGE_TOKENS, TEXT_TOKENS)},
-                separate=True,
-            )
-        },
+        sharding=Sharding.of_joint_blocks(freqs_cis=(0, 0)).with_inputs(
+            {"single_transformer_blocks.*": {"image_rotary_emb": (0, 0)}},
+            outputs={"single_transformer_blocks.-1": (IMAGE_TOKENS, TEXT_TOKENS)},
+        ),
         summary="FramePack, HunyuanVideo in sections: image to video",
     ),
     # The sequence is [history at a quarter of the size | at half | at full size | section]; text enters by
@@ -131,20 +124,15 @@ FAMILIES = (
         sizes=helios_sizes,
         stack=BlockStack({"blocks": VISUAL}),
         # the blocks divide history and section, so each part of a block shares its own tokens
-        shardings={
-            "HeliosTransformer3DModel": Sharding(
-                {
-                    "blocks.*.attn1": {
-                        "hidden_states": 1,
-                        "rotary_emb": 1,
-                        "original_context_length": Counted(to_last=True),
-                    },
-                    "blocks.*.attn2": {"hidden_states": 1},
-                    "blocks.*.ffn": {"hidden_states": 1},
-                },
-                outputs={f"blocks.*.{part}": (IMAGE_TOKENS,) for part in ("attn1", "attn2", "ffn")},
-            )
-        },
+        sharding=Sharding(
+            {
+                "blocks.*.attn1": {"hidden_states": 1, "rotary_emb": 1}
+                | {"original_context_length": Counted(to_last=True)},
+                "blocks.*.attn2": {"hidden_states": 1},
+                "blocks.*.ffn": {"hidden_states": 1},
+            },
+            outputs={f"blocks.*.{part}": (IMAGE_TOKENS,) for part in ("attn1", "attn2", "ffn")},
+        ),
         summary="Helios: text, image and video to video in sections",
     ),
 )

@@ -68,10 +68,21 @@ class Sharding:
     separate: bool = False
 
     @classmethod
-    def of_blocks(cls, blocks: str, **rows: Axes) -> Sharding:
-        """That of a list of blocks that see visual tokens alone, before a module `norm_out`; `rows` as `inputs`."""
-        inputs = {f"{blocks}.0": {"hidden_states": 1}, f"{blocks}.*": rows}
-        return cls(inputs, outputs={"norm_out": (IMAGE_TOKENS,)})
+    def of_blocks(cls, blocks: str, visual: str = "hidden_states", output: str = "norm_out", **rows: Axes) -> Sharding:
+        """That of a list of blocks over one stream, the argument `visual`, gathered behind the module `output`.
+
+        Args:
+            rows: further arguments of every block, as in `inputs`.
+        """
+        every = {f"{blocks}.*": rows} if rows else {}
+        return cls({f"{blocks}.0": {visual: 1}} | every, outputs={output: (IMAGE_TOKENS,)})
+
+    @classmethod
+    def of_joint_blocks(cls, **rows: Axes) -> Sharding:
+        """That of `transformer_blocks` over visual tokens and text, shared apart, before a module `proj_out`."""
+        sharding = cls.of_blocks("transformer_blocks", output="proj_out", **rows)
+        both = {"transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1}}
+        return sharding.with_inputs(both, separate=True)
 
     def with_inputs(self, inputs: Mapping[str, Mapping[str, Axes]], **changes: Any) -> Sharding:
         """The same with further modules and other settings."""

@@ -5,6 +5,7 @@ Self-attention sees the video alone, and text enters through cross-attention, un
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -132,12 +133,11 @@ WAN = Sharding.of_blocks("blocks", rotary_emb=(1, 1), temb=At(1, dims=4))
 WAN_STACK = BlockStack({"blocks": VISUAL}, by_token=WAN.inputs["blocks.*"], latent=True)
 # Unlike Diffusers' own, which shares text too and then takes no mask of it.
 LTX = Sharding.of_blocks("transformer_blocks", temb=1, image_rotary_emb=(1, 1))
-COGVIDEOX = Sharding(
-    {"transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1}}
-    | {"transformer_blocks.*": {"image_rotary_emb": (0, 0)}},
-    outputs={"proj_out": (IMAGE_TOKENS,)},
-    separate=True,
-)
+COSMOS = Sharding.of_blocks(
+    "transformer_blocks", output="transformer_blocks.-1", embedded_timestep=At(1, dims=3), temb=At(1, dims=3),
+    image_rotary_emb=(0, 0), extra_pos_emb=1, controlnet_residual=1,
+)  # fmt: skip
+COGVIDEOX = Sharding.of_joint_blocks(image_rotary_emb=(0, 0))
 
 
 FAMILIES = (
@@ -148,9 +148,7 @@ FAMILIES = (
         layout=anyflow,
         sizes=wan_sizes,
         stack=BlockStack({"blocks": VISUAL}),
-        shardings={
-            "AnyFlowTransformer3DModel": Sharding.of_blocks("blocks", temb=1, rotary_emb={"query": 2, "key": 2})
-        },
+        sharding=Sharding.of_blocks("blocks", temb=1, rotary_emb={"query": 2, "key": 2}),
         summary="AnyFlow, bidirectional",
     ),
     # Text precedes the video in every block. Its padding is attended, as in training. CogVideoX 1.5 also cuts the
@@ -162,12 +160,12 @@ FAMILIES = (
         layout=cogvideox,
         sizes=cogvideox_sizes,
         stack=BlockStack({"transformer_blocks": VISUAL_FIRST}),
+        sharding=COGVIDEOX,
         # ConsisID normalizes text and video together behind the blocks
         shardings={
-            "CogVideoXTransformer3DModel": COGVIDEOX,
-            "ConsisIDTransformer3DModel": COGVIDEOX.with_inputs(
-                {}, outputs={"transformer_blocks.-1": (IMAGE_TOKENS, TEXT_TOKENS)}
-            ),
+            "ConsisIDTransformer3DModel": dataclasses.replace(
+                COGVIDEOX, outputs={"transformer_blocks.-1": (IMAGE_TOKENS, TEXT_TOKENS)}
+            )
         },
         summary="CogVideoX 1.0 and 1.5: text, image and video to video, control; ConsisID",
     ),
@@ -178,16 +176,7 @@ FAMILIES = (
         transformers=("CosmosTransformer3DModel",),
         layout=video_alone,
         sizes=cosmos_sizes,
-        shardings={
-            "CosmosTransformer3DModel": Sharding(
-                {
-                    "transformer_blocks.0": {"hidden_states": 1},
-                    "transformer_blocks.*": {"embedded_timestep": At(1, dims=3), "temb": At(1, dims=3)}
-                    | {"image_rotary_emb": (0, 0), "extra_pos_emb": 1, "controlnet_residual": 1},
-                },
-                outputs={"transformer_blocks.-1": (IMAGE_TOKENS,)},
-            )
-        },
+        sharding=COSMOS,
         summary="Cosmos 1, Predict 2 and 2.5: text, image and video to world, text to image",
         timestep_scale=None,
         recommended=TRAINING_FREE
@@ -207,7 +196,7 @@ FAMILIES = (
         layout=easyanimate,
         sizes=easyanimate_sizes,
         stack=BlockStack({"transformer_blocks": VISUAL_FIRST}),
-        shardings={"EasyAnimateTransformer3DModel": COGVIDEOX},
+        sharding=COGVIDEOX,
         summary="EasyAnimate: text, image and video to video, control",
     ),
     video_family(
@@ -219,12 +208,9 @@ FAMILIES = (
         stack=BlockStack(
             {"visual_transformer_blocks": ("visual_embed",)}, visual="visual_embed", outputs=("out_layer",)
         ),
-        shardings={
-            "Kandinsky5Transformer3DModel": Sharding(
-                {"visual_transformer_blocks.0": {"visual_embed": 1}, "visual_transformer_blocks.*": {"rope": 1}},
-                outputs={"visual_transformer_blocks.-1": (IMAGE_TOKENS,)},
-            )
-        },
+        sharding=Sharding.of_blocks(
+            "visual_transformer_blocks", "visual_embed", "visual_transformer_blocks.-1", rope=1
+        ),
         summary="Kandinsky 5 (without its own sparse attention)",
         head_dim=kandinsky_head_dim,
     ),
@@ -243,17 +229,15 @@ FAMILIES = (
             outputs=("out_layer", "audio_out_layer"),
         ),
         # sound is the same in every process, and attends to all of the video
-        shardings={
-            "Kandinsky6Transformer3DModel": Sharding(
-                {
-                    "visual_transformer_blocks.0": {"vis": 1},
-                    "visual_transformer_blocks.*.video_dec_block.self_attention": {"rotary_emb": 0},
-                    "visual_transformer_blocks.*.va_cross_attention": {"rope_q": 0},
-                    "visual_transformer_blocks.*.av_cross_attention": {"encoder_hidden_states": Whole(1)},
-                },
-                outputs={"visual_transformer_blocks.-1": (IMAGE_TOKENS, None)},
-            )
-        },
+        sharding=Sharding(
+            {
+                "visual_transformer_blocks.0": {"vis": 1},
+                "visual_transformer_blocks.*.video_dec_block.self_attention": {"rotary_emb": 0},
+                "visual_transformer_blocks.*.va_cross_attention": {"rope_q": 0},
+                "visual_transformer_blocks.*.av_cross_attention": {"encoder_hidden_states": Whole(1)},
+            },
+            outputs={"visual_transformer_blocks.-1": (IMAGE_TOKENS, None)},
+        ),
         summary="Kandinsky 6: text and image to video with sound; the video's self-attention",
         head_dim=kandinsky_head_dim,
     ),
@@ -265,7 +249,7 @@ FAMILIES = (
         layout=packed_video,
         sizes=lambda transformer, vae: video_sizes(vae, patch_of(transformer), 161, 512, 704),
         stack=BlockStack(by_token=LTX.inputs["transformer_blocks.*"]),
-        shardings={"LTXVideoTransformer3DModel": LTX},
+        sharding=LTX,
         summary="LTX-Video: text and image to video, keyframes",
     ),
     # The audio stream's self-attention and the attention between the streams stay untouched. A layer whose attention
@@ -282,18 +266,12 @@ FAMILIES = (
             outputs=("proj_out", "audio_proj_out"),
         ),
         # sound is the same in every process, and attends to all of the video, whose places Diffusers' own leaves out
-        shardings={
-            "LTX2VideoTransformer3DModel": Sharding(
-                {
-                    "transformer_blocks.0": {"hidden_states": 1},
-                    "transformer_blocks.*": {"temb": 1, "temb_ca_scale_shift": 1, "temb_ca_gate": 1}
-                    | {"video_rotary_emb": (-2, -2)},
-                    "transformer_blocks.*.audio_to_video_attn": {"query_rotary_emb": (-2, -2)},
-                    "transformer_blocks.*.video_to_audio_attn": {"encoder_hidden_states": Whole(1)},
-                },
-                outputs={"norm_out": (IMAGE_TOKENS,)},
-            )
-        },
+        sharding=Sharding.of_blocks(
+            "transformer_blocks", temb=1, temb_ca_scale_shift=1, temb_ca_gate=1, video_rotary_emb=(-2, -2)
+        ).with_inputs(
+            {"transformer_blocks.*.audio_to_video_attn": {"query_rotary_emb": (-2, -2)}}
+            | {"transformer_blocks.*.video_to_audio_attn": {"encoder_hidden_states": Whole(1)}}
+        ),
         summary="LTX-2: video with audio, keyframes, conditioning videos; the video's self-attention",
         recommended=TRAINING_FREE
         | {
@@ -324,7 +302,7 @@ FAMILIES = (
         ),
         stack=BlockStack({"blocks": VISUAL}),
         # in diffusion forcing every token has a timestep
-        shardings={"SkyReelsV2Transformer3DModel": Sharding.of_blocks("blocks", rotary_emb=(1, 1), temb=At(2, dims=4))},
+        sharding=Sharding.of_blocks("blocks", rotary_emb=(1, 1), temb=At(2, dims=4)),
         summary="SkyReels V2: text to video, image to video, diffusion forcing (without causal blocks)",
     ),
     # The image tokens of Wan 2.1's image-to-video enter through cross-attention too. TI2V-5B has one timestep per
@@ -344,10 +322,9 @@ FAMILIES = (
         stack=BlockStack({"blocks": VISUAL}),
         # between VACE's blocks hints are added, between Animate's are face adapters
         stacks={"WanTransformer3DModel": WAN_STACK, "ChronoEditTransformer3DModel": WAN_STACK},
+        sharding=WAN,
         # the hints of VACE's blocks are shares; a face adapter of Animate compares frames with frames
         shardings={
-            "WanTransformer3DModel": WAN,
-            "ChronoEditTransformer3DModel": WAN,
             "WanVACETransformer3DModel": WAN.with_inputs(
                 {"vace_blocks.0": {"control_hidden_states": 1}}
                 | {"vace_blocks.*": {"hidden_states": 1, "rotary_emb": (1, 1)}}

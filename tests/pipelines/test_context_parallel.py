@@ -37,8 +37,7 @@ LARGE_IMAGES = {"flux", "flux2", "qwen_image", "z_image", "sd3"}
 
 
 def can_be_shared(tiny):
-    kind = type(tiny.shared)
-    return kind.__name__ in get_families()[tiny.family].shardings or kind._cp_plan is not None
+    return get_families()[tiny.family].sharding_of(tiny.shared) is not None
 
 
 @functools.cache
@@ -183,7 +182,7 @@ def test_shared_tokens_need_an_accelerator():
     """The model's own attention would see the tokens of one process."""
     wan, mesh = module("wan"), types.SimpleNamespace(get_local_rank=lambda: 0, size=lambda: 2)
     transformer = wan.build()
-    Shared(mesh, get_families()["wan"].shardings["WanTransformer3DModel"]).attach(transformer)
+    Shared(mesh, get_families()["wan"].sharding).attach(transformer)
     with pytest.raises(dit_accel.DitAccelError, match=names("accelerate")):
         run(transformer, wan.inputs())
 
