@@ -83,7 +83,9 @@ def make_config(method: str, settings: Mapping[str, Any]) -> Any:
     if missing := [name for name in needed if name not in settings]:
         example = f"{method}:{','.join(example_of(config, name) for name in missing)}"
         raise DitAccelError(f"{method} needs a value for {', '.join(missing)}, for example {example}; got none.")
-    return ramps.configured(config, {name: plain(value) for name, value in settings.items()}, parse_value)
+    hints = typing.get_type_hints(config)
+    values = {name: none_of(plain(value), hints[name]) for name, value in settings.items()}
+    return ramps.configured(config, values, parse_value)
 
 
 def plain(value: Any) -> Any:
@@ -160,7 +162,7 @@ def settings_of(config: Any) -> dict[str, Any]:
 def parse_method(text: str, settings: Iterable[str] = ()) -> tuple[str, dict[str, Any]]:
     """Read ``METHOD[:key=value,...]`` and further ``key=value`` strings, which win.
 
-    Values are integers, decimals, true, false, words, or one of these per axis joined by x, as in ``18x24x24``.
+    Values are integers, decimals, true, false, none, words, or one of these per axis joined by x, as in ``18x24x24``.
 
     Example:
         >>> parse_method("gna:window=18x24x24", ["stride=16x8x8"])
@@ -203,8 +205,17 @@ def parse_value(text: str) -> Any:
     return text
 
 
+def none_of(value: Any, hint: Any) -> Any:
+    """None for the word "none" where a setting's annotation takes None and no words; any other value unchanged."""
+    kinds = typing.get_args(hint)
+    words = any(kind is str or typing.get_origin(kind) is typing.Literal for kind in kinds)
+    return None if str(value).lower() == "none" and type(None) in kinds and not words else value
+
+
 def value_text(value: object) -> str:
-    """A setting's value as typed: ``18x24x24``."""
+    """A setting's value as typed: ``18x24x24``, ``none``."""
+    if value is None:
+        return "none"
     return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 

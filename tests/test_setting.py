@@ -210,3 +210,27 @@ def test_a_setting_in_place_of_a_method(tiny_wan, wan_inputs):
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[1], outputs[2])
     with pytest.raises(dit_accel.DitAccelError, match=names("references")):
         dit_accel.accelerate(transformer, setting, references=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("sol:block_q=none", "block_q", None),
+        ("sla:block_q=None", "block_q", None),
+        ("sparge:similarity=none", "similarity", None),
+        ("sparge:tail=none", "tail", "none"),
+    ],
+)
+def test_none_is_typed_as_it_is_shown(text, name, value):
+    """Where a setting also takes the word, it stays the word."""
+    setting = Setting.parse(text)
+    assert getattr(setting.config, name) == value
+    assert Setting.parse(setting.text) == setting
+
+
+def test_a_setting_with_none_has_a_text_that_parses_back():
+    setting = Setting.make(
+        "sol", {"block_q": None}, cache={"name": "pab", "config": {"cross_attention_block_skip_range": None}}
+    )
+    assert setting.text == "sol:block_q=none cache=pab:cross_attention_block_skip_range=none"
+    assert Setting.parse(setting.text) == setting

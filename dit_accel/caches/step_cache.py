@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from dit_accel.errors import DitAccelError, first_line
-from dit_accel.registry import did_you_mean, parse_settings, plain, refuse_unknown
+from dit_accel.registry import did_you_mean, none_of, parse_settings, plain, refuse_unknown, value_text
 from dit_accel.values import fits, in_words
 
 CONFIGS = {
@@ -113,9 +113,10 @@ class StepCache:
                 f"Unknown step cache {self.name!r}.{did_you_mean(str(self.name), CONFIGS)} Caches: "
                 f"{', '.join(CONFIGS)}."
             )
-        object.__setattr__(self, "config", {name: plain(value) for name, value in self.config.items()})
         hints = _hints(self.name)
         refuse_unknown(self.config, list(hints), self.name)
+        config = {name: none_of(plain(value), hints[name]) for name, value in self.config.items()}
+        object.__setattr__(self, "config", config)
         for name, value in self.config.items():
             _check(self.name, name, value, hints[name])
         if self.name != "mag":  # whose ratios follow with the run
@@ -156,7 +157,7 @@ class StepCache:
         return {"name": self.name, "config": dict(self.config)}
 
     def __str__(self) -> str:
-        settings = ",".join(f"{name}={_text(value)}" for name, value in self.config.items())
+        settings = ",".join(f"{name}={value_text(value)}" for name, value in self.config.items())
         return f"{self.name}:{settings}" if settings else self.name
 
     def __hash__(self) -> int:
@@ -231,7 +232,3 @@ def _diffusers(value: Any, hint: Any) -> Any:
         if isinstance(value, tuple) and any(typing.get_origin(option) is list for option in options)
         else value
     )
-
-
-def _text(value: object) -> str:
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
