@@ -37,7 +37,11 @@ PACKAGES = (
     ("yaml", "suites and recipes", "pyyaml"),
     ("torchmetrics", "metrics of eval", "torchmetrics"),
     ("imageio_ffmpeg", "mp4 files", "imageio-ffmpeg"),
-    ("matplotlib", "pictures of benchmarks", "'dit_accel[plot]'"),
+    ("matplotlib", "pictures of plan, bench and eval", "'dit_accel[plot]'"),
+    ("torch_fidelity", "fid and lpips by their published networks", "'dit_accel[eval-reference]'"),
+    ("torchao", "--quantize, --keep-int8", "'dit_accel[quantize]'"),
+    ("gguf", "--quantize gguf:FILE", "'dit_accel[quantize]'"),
+    ("gradio", "serve", "'dit_accel[playground]'"),
 )
 
 
@@ -104,7 +108,8 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> list[Finding]:
     findings = []
     for row in impls.rows():
         chosen, _ = impls.choose(facts, kernel=row.kernel)
-        obstacle = row.obstacle(facts)
+        # first what no other dtype would mend
+        obstacle = row.obstacle(dataclasses.replace(facts, dtype=row.dtypes[0])) or row.obstacle(facts)
         detail = obstacle or (CHOSEN if row is chosen else "runs only if you name it")
         findings.append(Finding(f"{row.kernel}, {row.name}", obstacle is None, detail))
     return findings
