@@ -43,8 +43,8 @@ def layers(model: StoredModel) -> dict[str, dict[str, StoredTensor]]:
         part = next(part for part in ("A", "B", "diff", "diff_b", "set") if match[part])
         if parts[match["layer"]].setdefault(part, stored) is not stored:
             raise DitAccelError(f"{stored.file} holds {name} under two names. Fetch it again.")
-    for layer, own_parts in parts.items():
-        if len(pair := own_parts.keys() & {"A", "B"}) == 1:
+    for layer, present in parts.items():
+        if len(pair := present.keys() & {"A", "B"}) == 1:
             raise DitAccelError(f"{model.files[0]} lacks the {'B' if 'A' in pair else 'A'} of {layer}. Fetch it again.")
     return parts
 

@@ -16,7 +16,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, Family, ModelInputs
 from dit_accel.pipelines.reading import bias_text, image_of, mask_text
 from dit_accel.pipelines.sharding import Sharding
-from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, square_sizes, vae_pixels
+from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, patched_sizes, square_sizes, vae_pixels
 from dit_accel.pipelines.stacks import TEXT_FIRST, VISUAL, VISUAL_FIRST, BlockStack
 
 Layout = Callable[[Any, ModelInputs], CallLayout]
@@ -130,9 +130,7 @@ FAMILIES = (
         transformers=("GlmImageTransformer2DModel",),
         layout=glm_image,
         # text: the words that the prompt asks to be written in the image
-        sizes=lambda transformer, vae: image_sizes(
-            vae_pixels(vae) * transformer["patch_size"], text=2048, text_first=True
-        ),
+        sizes=patched_sizes(text=2048, text_first=True),
         stack=BlockStack({"transformer_blocks": VISUAL_FIRST}),
         summary="GLM-Image, from text",
     ),
@@ -170,9 +168,7 @@ FAMILIES = (
         attention=("blocks.*.attention",),
         layout=with_text(first=True, mask="attention_mask"),
         # text: as the tokenizer pads it
-        sizes=lambda transformer, vae: image_sizes(
-            vae_pixels(vae) * transformer["patch_size"], 512, text=256, text_first=True
-        ),
+        sizes=patched_sizes(512, text=256, text_first=True),
         stack=BlockStack({"blocks": VISUAL}, outputs=("final_layer",)),
         summary="PRX",
         timestep_scale=1000.0,

@@ -15,7 +15,7 @@ from dit_accel.pipelines.anchors import in_packed
 from dit_accel.pipelines.family import CallLayout, Family, ModelInputs, Preset, patch_grid
 from dit_accel.pipelines.reading import bias_text, dense_note, image_grids, images_and_text, mask_text, packed_images
 from dit_accel.pipelines.sharding import IMAGE_TOKENS, Sharding
-from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, packed_sizes, vae_pixels
+from dit_accel.pipelines.sizes import Config, Sizes, image_sizes, packed_sizes, patched_sizes, vae_pixels
 from dit_accel.pipelines.stacks import TEXT_FIRST, VISUAL, VISUAL_FIRST, BlockStack
 
 BLOCKS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
@@ -265,7 +265,7 @@ FAMILIES = (
         attention=("double_blocks.*.attn",),
         layout=joyimage,
         # of the generated image alone; the text encoder also sees the conditioning images
-        sizes=lambda transformer, vae: image_sizes(vae_pixels(vae) * transformer["patch_size"][-1], text=1024),
+        sizes=patched_sizes(text=1024),
         stack=BlockStack({"double_blocks": VISUAL_FIRST}),
         summary="JoyImage-Edit, JoyImage-Edit-Plus",
     ),

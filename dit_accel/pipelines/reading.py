@@ -11,7 +11,7 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import CallLayout, ModelInputs, patch_grid
-from dit_accel.pipelines.sizes import patch_of
+from dit_accel.pipelines.sizes import Shape, patch_of
 from dit_accel.tokens import TokenGrid
 
 
@@ -21,9 +21,16 @@ def image_of(call: ModelInputs, patch: int, text: int = 0, text_first: bool = Fa
     return patch_grid((1, height, width), (1, patch, patch), text, text_first)
 
 
-def video_of(call: ModelInputs, patch: Sequence[int], text: int = 0, text_first: bool = False) -> TokenGrid:
-    """The grid of the latent video [B, C, F, H, W] in hidden_states, cut into patches, with text tokens."""
-    return patch_grid(call.tensor("hidden_states", 5).shape[2:], patch, text, text_first)
+def video_of(
+    call: ModelInputs, patch: Sequence[int], text: int = 0, text_first: bool = False, axes: Shape = (2, 3, 4)
+) -> TokenGrid:
+    """The grid of the latent video in hidden_states, cut into patches, with text tokens.
+
+    Args:
+        axes: of frames, height and width among the five; [B, C, F, H, W] by default.
+    """
+    sizes = call.tensor("hidden_states", 5).shape
+    return patch_grid(tuple(sizes[axis] for axis in axes), patch, text, text_first)
 
 
 def video_alone(transformer: Any, call: ModelInputs) -> CallLayout:

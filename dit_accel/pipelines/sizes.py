@@ -156,6 +156,11 @@ def video_sizes(vae: Config, patch: Sequence[int], frames: int, height: int, wid
     return Sizes((pixels * patch[1], pixels * patch[2]), step, height, width, frames, **rest)
 
 
+def patched_sizes(side: int = 1024, **rest: Any) -> Callable[[Config, Config], Sizes]:
+    """`Family.sizes` of an image model whose token is `patch_size` latents a side; `rest` are fields of `Sizes`."""
+    return lambda transformer, vae: image_sizes(vae_pixels(vae) * patch_of(transformer)[-1], side, **rest)
+
+
 def packed_sizes(text: int, text_first: bool = True) -> Callable[[Config, Config], Sizes]:
     """`Family.sizes` of an image model that packs 2 x 2 latents into one token."""
     return lambda transformer, vae: image_sizes(2 * vae_pixels(vae), text=text, text_first=text_first)

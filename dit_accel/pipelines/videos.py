@@ -14,7 +14,7 @@ from torch import nn
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines import demo
 from dit_accel.pipelines.anchors import in_latent
-from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelInputs, Preset, patch_grid, video_family
+from dit_accel.pipelines.family import TRAINING_FREE, CallLayout, Family, ModelInputs, Preset, video_family
 from dit_accel.pipelines.levels import DEMO
 from dit_accel.pipelines.reading import dense_note, packed_video, video_alone, video_of
 from dit_accel.pipelines.sharding import IMAGE_TOKENS, TEXT_TOKENS, At, Sharding, Whole
@@ -25,15 +25,13 @@ from dit_accel.tokens import TokenGrid
 
 def anyflow(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, F, C, H, W], cut into patches."""
-    _, frames, _, height, width = call.tensor("hidden_states", 5).shape
-    return CallLayout(patch_grid((frames, height, width), transformer.config.patch_size))
+    return CallLayout(video_of(call, transformer.config.patch_size, axes=(1, 3, 4)))
 
 
 def cogvideox(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, F, C, H, W], cut into patches, behind text [B, T, C]."""
-    _, frames, _, height, width = call.tensor("hidden_states", 5).shape
     text = call.length("encoder_hidden_states")
-    return CallLayout(patch_grid((frames, height, width), patch_of(transformer.config), text, text_first=True))
+    return CallLayout(video_of(call, patch_of(transformer.config), text, text_first=True, axes=(1, 3, 4)))
 
 
 def easyanimate(transformer: Any, call: ModelInputs) -> CallLayout:
@@ -51,12 +49,12 @@ def kandinsky5(transformer: Any, call: ModelInputs) -> CallLayout:
             f"{call.owner} runs its own sparse attention (NABLA) with tokens in another order, so there is no dense "
             "attention to replace. Use a checkpoint with attention_type='regular', or leave the model as it is."
         )
-    return CallLayout(patch_grid(call.tensor("hidden_states", 5).shape[1:4], transformer.config.patch_size))
+    return CallLayout(video_of(call, transformer.config.patch_size, axes=(1, 2, 3)))
 
 
 def kandinsky6(transformer: Any, call: ModelInputs) -> CallLayout:
     """The latent [B, F, H, W, C], cut into patches, and its positions in time, rows and columns or None."""
-    grid = patch_grid(call.tensor("hidden_states", 5).shape[1:4], transformer.config.patch_size)
+    grid = video_of(call, transformer.config.patch_size, axes=(1, 2, 3))
     places = call.get("visual_rope_pos")
     frames = grid.frames if places is None else call.once(places[0], _rising)
     conditioning = (grid.frames - frames) * grid.height * grid.width
