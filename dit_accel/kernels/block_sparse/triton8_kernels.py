@@ -15,8 +15,8 @@ from dit_accel.kernels.block_sparse.triton_tokens import (
     key_list,
     load_rows,
     locate,
-    program_block,
-    query_segments,
+    program_queries,
+    program_queries_again,
     rows_of_head,
     segments_of,
     store_rows_of_head,
@@ -147,10 +147,7 @@ def block_sparse_8_fwd_kernel(
         lists, samples: `Lists` and `SampleSegments`.
         keys, queries: a `Side` each.
     """
-    i_q, i_bh = program_block(queries.blocks, queries, BLOCK_Q)
-    segments = segments_of(i_bh // heads, samples)
-    starts = query_segments(segments, samples, queries.text)
-    rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
+    i_q, i_bh, segments, starts, rows, valid = program_queries(samples, queries, heads, BLOCK_Q, TILE_Q)
     mean = scales + i_bh * 3 * BLOCK_D
     b_q, base_2, shift = own_queries(q, mean, scale, rows, valid, i_bh, heads, D, BLOCK_D, ALIGN)
     factor, step = steps_of(tl.max(tl.abs(b_q), 1))
@@ -166,8 +163,7 @@ def block_sparse_8_fwd_kernel(
     )  # fmt: skip
     acc, b_lse = finalize(acc, m - PEAK, l)
     # All of this is computed anew, so that the loops hold none of it.
-    i_q, i_bh = program_block(tl.num_programs(0), queries, BLOCK_Q)
-    rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
+    i_bh, rows, valid = program_queries_again(starts, queries, BLOCK_Q, TILE_Q)
     mean = scales + i_bh * 3 * BLOCK_D
     acc *= tl.load(mean + 2 * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     store_rows_of_head(out, rows, valid, acc, i_bh, heads, queries.tokens, D, BLOCK_D)

@@ -20,6 +20,8 @@ from dit_accel.kernels.block_sparse.triton_tokens import (
     occupied,
     places_in,
     program_block,
+    program_queries,
+    program_queries_again,
     query_segments,
     rows_at,
     rows_of_head,
@@ -115,11 +117,7 @@ def block_sparse_bwd_kernel_dq(
     Padding keys are loaded as 0 and so add nothing. Also writes delta [B, H, Nq], fp32, which the kernel of dk and dv
     reads for the rows of the same blocks.
     """
-    i_q, i_bh = program_block(queries.blocks, queries, BLOCK_Q)
-    segments = segments_of(i_bh // heads, samples)
-    starts = query_segments(segments, samples, queries.text)
-    slot_q = tl.arange(0, BLOCK_Q)
-    rows, valid, _raster = locate(i_q, slot_q, starts, queries, BLOCK_Q, TILE_Q)
+    i_q, i_bh, segments, starts, rows, valid = program_queries(samples, queries, heads, BLOCK_Q, TILE_Q)
     b_q = load_rows(rows_of_head(q, i_bh, heads, ALIGN), rows, valid, D, BLOCK_D)
     b_g = load_rows(rows_of_head(grad_out, i_bh, heads, ALIGN), rows, valid, D, BLOCK_D)
     b_o = load_rows(rows_of_head(out, i_bh, heads, ALIGN), rows, valid, D, BLOCK_D)
@@ -135,10 +133,7 @@ def block_sparse_bwd_kernel_dq(
         key_list(i_bh * lists.per_head * queries.blocks + i_q, lists), lists.words, segments, keys,
         D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_K, STEP, HAS_TABLES, True,
     )  # fmt: skip
-
-    # Recomputed from the grid to shorten the live range of `rows`; otherwise they spill.
-    i_q, i_bh = program_block(tl.num_programs(0), queries, BLOCK_Q)
-    rows, valid, _raster = locate(i_q, slot_q, starts, queries, BLOCK_Q, TILE_Q)
+    i_bh, rows, valid = program_queries_again(starts, queries, BLOCK_Q, TILE_Q)
     store_rows_of_head(dq, rows, valid, sums[0] * scale, i_bh, heads, queries.tokens, D, BLOCK_D)
 
 
@@ -170,7 +165,7 @@ def block_sparse_bwd_kernel_dkdv(
         D, BLOCK_D, BLOCK_K, BLOCK_K, BLOCK_Q, TILE_Q, STEP, HAS_TABLES,
     )  # fmt: skip
 
-    # Recomputed, as in the dq kernel. Text that is no key has gradients of 0.
+    # Recomputed, as in `program_queries_again`. Text that is no key has gradients of 0.
     visual_start, conditioning_start, text_start, text_len = segments
     padded = SegmentRows(visual_start, conditioning_start, text_start, keys.text)
     i_k, i_bh = program_block(tl.num_programs(0), keys, BLOCK_K)

@@ -15,14 +15,12 @@ from dit_accel.kernels.block_sparse.triton_tokens import (
     key_list,
     load_rows,
     load_words,
-    locate,
     occupied,
     places_in,
-    program_block,
-    query_segments,
+    program_queries,
+    program_queries_again,
     rows_at,
     rows_of_head,
-    segments_of,
     store_rows_of_head,
 )
 from dit_accel.kernels.jit import kernel
@@ -202,6 +200,40 @@ def with_positive_scale(b_q, scale):
     return b_q * sign.to(b_q.dtype), tl.where(scale == 0, 1.0, tl.abs(scale)) * LOG2E
 
 
+@triton.jit
+def attend_lists(
+    q, k, v, lists, samples, keys, queries, scale, heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
+    STEP: tl.constexpr, HAS_TABLES: tl.constexpr,
+):  # fmt: skip
+    """`over_key_lists` for this program's query block, arguments as in `block_sparse_fwd_kernel`.
+
+    Returns acc, m, l; queries and scale of `with_positive_scale`; query block, head, and the segments of queries.
+    """
+    i_q, i_bh, segments, starts, rows, valid = program_queries(samples, queries, heads, BLOCK_Q, TILE_Q)
+    b_q, base_2 = with_positive_scale(load_rows(rows_of_head(q, i_bh, heads, ALIGN), rows, valid, D, BLOCK_D), scale)
+    acc, m, l = over_key_lists(  # noqa: E741
+        Query(b_q, None, None, None),
+        rows_of_head(k, i_bh, heads, ALIGN), rows_of_head(v, i_bh, heads, ALIGN), base_2,
+        key_list(i_bh * lists.per_head * queries.blocks + i_q, lists), lists.words, segments, keys,
+        D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_K, STEP, HAS_TABLES, False,
+    )  # fmt: skip
+    return acc, m, l, b_q, base_2, i_q, i_bh, starts
+
+
+@triton.jit
+def store_output(
+    out, acc, m, l, starts, queries, heads,  # noqa: E741
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr,
+):  # fmt: skip
+    """Store the output of this program's query block. Returns its LSE; where its head begins there; rows, validity."""
+    acc, b_lse = finalize(acc, m, l)
+    i_bh, rows, valid = program_queries_again(starts, queries, BLOCK_Q, TILE_Q)
+    store_rows_of_head(out, rows, valid, acc, i_bh, heads, queries.tokens, D, BLOCK_D)
+    return b_lse, i_bh.to(tl.int64) * queries.tokens, rows, valid
+
+
 @kernel
 def block_sparse_fwd_kernel(
     out, q, k, v, lse, lists, samples, keys, queries, scale, heads,
@@ -216,21 +248,9 @@ def block_sparse_fwd_kernel(
         lists, samples: `Lists` and `SampleSegments`.
         keys, queries: a `Side` each.
     """
-    i_q, i_bh = program_block(queries.blocks, queries, BLOCK_Q)
-    segments = segments_of(i_bh // heads, samples)
-    starts = query_segments(segments, samples, queries.text)
-    rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
-    b_q, base_2 = with_positive_scale(load_rows(rows_of_head(q, i_bh, heads, ALIGN), rows, valid, D, BLOCK_D), scale)
-
-    acc, m, l = over_key_lists(  # noqa: E741
-        Query(b_q, None, None, None),
-        rows_of_head(k, i_bh, heads, ALIGN), rows_of_head(v, i_bh, heads, ALIGN), base_2,
-        key_list(i_bh * lists.per_head * queries.blocks + i_q, lists), lists.words, segments, keys,
-        D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_K, STEP, HAS_TABLES, False,
+    acc, m, l, _q, _scale, _i_q, _i_bh, starts = attend_lists(  # noqa: E741
+        q, k, v, lists, samples, keys, queries, scale, heads,
+        D, BLOCK_D, ALIGN, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, STEP, HAS_TABLES,
     )  # fmt: skip
-    acc, b_lse = finalize(acc, m, l)
-    # Recomputed from the grid to shorten the live range of `rows`; otherwise they spill.
-    i_q, i_bh = program_block(tl.num_programs(0), queries, BLOCK_Q)
-    rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
-    store_rows_of_head(out, rows, valid, acc, i_bh, heads, queries.tokens, D, BLOCK_D)
-    tl.store(lse + i_bh.to(tl.int64) * queries.tokens + rows, b_lse, mask=valid)
+    b_lse, first, rows, valid = store_output(out, acc, m, l, starts, queries, heads, D, BLOCK_D, BLOCK_Q, TILE_Q)
+    tl.store(lse + first + rows, b_lse, mask=valid)

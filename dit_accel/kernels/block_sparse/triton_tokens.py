@@ -202,6 +202,24 @@ def program_block(blocks, side, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def program_queries(samples, queries, heads, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr):
+    """This program's query block and head; the segments of its sample's keys and queries; rows and validity."""
+    i_q, i_bh = program_block(queries.blocks, queries, BLOCK_Q)
+    segments = segments_of(i_bh // heads, samples)
+    starts = query_segments(segments, samples, queries.text)
+    rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
+    return i_q, i_bh, segments, starts, rows, valid
+
+
+@triton.jit
+def program_queries_again(starts, queries, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr):
+    """The head, rows and validity of `program_queries`, recomputed from the grid: otherwise the rows spill."""
+    i_q, i_bh = program_block(tl.num_programs(0), queries, BLOCK_Q)
+    rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
+    return i_bh, rows, valid
+
+
+@triton.jit
 def rows_of_head(x, i_bh, heads, ALIGN: tl.constexpr):
     """One head of a tensor (`Heads`)."""
     start = x.start + ((i_bh // heads).to(tl.int64) * x.batch + (i_bh % heads).to(tl.int64) * x.head) * ALIGN

@@ -35,8 +35,7 @@ from dit_accel.kernels.sla.triton_linear import (
     load_total,
     mapped,
     mapped_columns,
-    over_marginal,
-    over_selected,
+    over_blocks,
     over_selecting,
     pulled_back,
     pulled_columns,
@@ -65,41 +64,55 @@ class Statistics(NamedTuple):
     modes: Any
 
 
+class LinearRows(NamedTuple):
+    """Rows of one head's `HeadRows` x, their g [ROWS, BLOCK_D], the head's T = table * peak, and its totals z.
+
+    shift, size: see `triton_linear.scales_of_rows`; width: see `triton_forward.with_state`.
+    """
+
+    x: Any
+    rows: Any
+    valid: Any
+    shift: Any
+    size: Any
+    b_g: Any
+    table: Any
+    peak: Any
+    totals: Any
+    width: Any
+
+
 @triton.jit
 def columns_of(
-    x, rows, valid, shift, size, b_g, table, peak, totals, first,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, MAP: tl.constexpr,
+    linear, first, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, MAP: tl.constexpr
 ):  # fmt: skip
-    """x, phi(x), U = g T^T and z of COLUMNS columns from `first` on; T is table * peak."""
+    """x, phi(x), U = g T^T and z of COLUMNS columns of `LinearRows` from `first` on."""
     o_c = first + tl.arange(0, COLUMNS)
     o_d = tl.arange(0, BLOCK_D)
-    b_x = load_columns(x, rows, valid, first, 0.0, D, COLUMNS).to(tl.float32)
-    phi = mapped_columns(b_x, shift, size, (o_c < D)[None, :], MAP)
+    b_x = load_columns(linear.x, linear.rows, linear.valid, first, 0.0, D, COLUMNS).to(tl.float32)
+    phi = mapped_columns(b_x, linear.shift, linear.size, (o_c < D)[None, :], MAP)
     # T^T [BLOCK_D, COLUMNS]
-    b_t = tl.load(table + o_c[None, :] * D + o_d[:, None], mask=(o_d < D)[:, None] & (o_c < D)[None, :], other=0.0)
-    b_u = tl.dot(b_g, b_t, input_precision="ieee") * peak
-    return b_x, phi, b_u, tl.load(totals + o_c, mask=o_c < D, other=0.0)
+    inside = (o_d < D)[:, None] & (o_c < D)[None, :]
+    b_t = tl.load(linear.table + o_c[None, :] * D + o_d[:, None], mask=inside, other=0.0)
+    b_u = tl.dot(linear.b_g, b_t, input_precision="ieee") * linear.peak
+    return b_x, phi, b_u, tl.load(linear.totals + o_c, mask=o_c < D, other=0.0)
 
 
 @triton.jit
 def sums_through(
-    x, rows, valid, shift, size, b_g, table, peak, totals, width,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    MAP: tl.constexpr,
+    linear, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MAP: tl.constexpr
 ):  # fmt: skip
-    """phi . U and phi . z of each row, and both for phi rounded to the table's dtype: fp32 [ROWS] each.
+    """phi . U and phi . z of each of `LinearRows`, and both for phi rounded to the table's dtype: fp32 [ROWS] each.
 
-    This and `store_through` walk the columns and read x each time; see `with_state` for the reason and `width`.
+    This and `store_through` walk the columns and read x each time; see `triton_forward.with_state` for the reason.
     """
     with_u = tl.zeros([ROWS], dtype=tl.float32)
     with_z = tl.zeros([ROWS], dtype=tl.float32)
     rounded_with_u = tl.zeros([ROWS], dtype=tl.float32)
     rounded_with_z = tl.zeros([ROWS], dtype=tl.float32)
-    for first in tl.range(0, width, COLUMNS, num_stages=1):
-        _, phi, b_u, b_z = columns_of(
-            x, rows, valid, shift, size, b_g, table, peak, totals, first, D, BLOCK_D, COLUMNS, MAP
-        )  # fmt: skip
-        rounded = phi.to(table.dtype.element_ty).to(tl.float32)
+    for first in tl.range(0, linear.width, COLUMNS, num_stages=1):
+        _, phi, b_u, b_z = columns_of(linear, first, D, BLOCK_D, COLUMNS, MAP)
+        rounded = phi.to(linear.table.dtype.element_ty).to(tl.float32)
         with_u += tl.sum(phi * b_u, 1)
         with_z += tl.sum(phi * b_z[None, :], 1)
         rounded_with_u += tl.sum(rounded * b_u, 1)
@@ -109,22 +122,20 @@ def sums_through(
 
 @triton.jit
 def store_through(
-    out, x, rows, valid, shift, size, b_g, table, peak, totals, sums, a, c, width, heads, tokens,
+    out, linear, sums, a, c, heads, tokens,
     D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, MAP: tl.constexpr,
 ):  # fmt: skip
     """Store dx to `out` [B, N, H, D], where dphi = (U + a z) c for numbers a and c a row; sums: phi . U and phi . z."""
     i_bh = tl.program_id(1)
     with_u, with_z = sums
     of_row = (with_u + a * with_z) * c
-    place = (((i_bh // heads).to(tl.int64) * tokens + rows) * heads + i_bh % heads) * D
-    for first in tl.range(0, width, COLUMNS, num_stages=1):
-        b_x, phi, b_u, b_z = columns_of(
-            x, rows, valid, shift, size, b_g, table, peak, totals, first, D, BLOCK_D, COLUMNS, MAP
-        )  # fmt: skip
+    place = (((i_bh // heads).to(tl.int64) * tokens + linear.rows) * heads + i_bh % heads) * D
+    for first in tl.range(0, linear.width, COLUMNS, num_stages=1):
+        b_x, phi, b_u, b_z = columns_of(linear, first, D, BLOCK_D, COLUMNS, MAP)
         of_phi = (b_u + a[:, None] * b_z[None, :]) * c[:, None]
         o_c = first + tl.arange(0, COLUMNS)
         value = pulled_columns(of_phi, b_x, phi, of_row, MAP).to(out.dtype.element_ty)
-        tl.store(out + place[:, None] + o_c, value, mask=valid[:, None] & (o_c < D))
+        tl.store(out + place[:, None] + o_c, value, mask=linear.valid[:, None] & (o_c < D))
 
 
 @kernel
@@ -157,15 +168,13 @@ def sparse_linear_bwd_kernel_dq(
         COLUMNS: tl.constexpr = min(BLOCK_D, 32)
         b_g = load_rows(gradients, rows, valid, D, BLOCK_D).to(table.dtype.element_ty)
         shift, size = scales_of_rows(q, rows, valid, width, D, BLOCK_Q, COLUMNS, MAP)
-        with_u, with_z, ratio, denominator = sums_through(
-            q, rows, valid, shift, size, b_g, table, peak, totals, width, D, BLOCK_D, BLOCK_Q, COLUMNS, MAP
-        )  # fmt: skip
+        linear = LinearRows(q, rows, valid, shift, size, b_g, table, peak, totals, width)
+        with_u, with_z, ratio, denominator = sums_through(linear, D, BLOCK_D, BLOCK_Q, COLUMNS, MAP)
         inverse = 1.0 / (denominator + EPS)
         ratio *= inverse
         tl.store(statistics.inverses + place, inverse, mask=valid)
         store_through(
-            dq, q, rows, valid, shift, size, b_g, table, peak, totals, (with_u, with_z), -ratio, inverse, width,
-            heads, tokens, D, BLOCK_D, COLUMNS, MAP,
+            dq, linear, (with_u, with_z), -ratio, inverse, heads, tokens, D, BLOCK_D, COLUMNS, MAP
         )  # fmt: skip
     else:
         b_q = load_rows(q, rows, valid, D, BLOCK_D)
@@ -176,13 +185,15 @@ def sparse_linear_bwd_kernel_dq(
         of_phi = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
         total = tl.zeros([BLOCK_D], dtype=tl.float32)
         if one_by_one:
-            of_phi, total = over_marginal(
-                of_phi, total, b_g, k_visual, v_visual, selected, keys, D, BLOCK_D, BLOCK_K, TILE_K, STEP, MAP, True
-            )
+            of_phi, total = over_blocks(
+                of_phi, total, b_g, k_visual, v_visual, selected, keys, D, BLOCK_D, BLOCK_K, TILE_K, STEP, MAP,
+                True, True,
+            )  # fmt: skip
         else:
-            of_phi, total = over_selected(
-                of_phi, total, b_g, k_visual, v_visual, selected, keys, D, BLOCK_D, BLOCK_K, TILE_K, STEP, MAP, True
-            )
+            of_phi, total = over_blocks(
+                of_phi, total, b_g, k_visual, v_visual, selected, keys, D, BLOCK_D, BLOCK_K, TILE_K, STEP, MAP,
+                False, True,
+            )  # fmt: skip
             of_phi = times_table(b_g, table, of_phi * (-1.0 / peak), D, BLOCK_D, True) * peak
             total = load_total(state.totals, D, BLOCK_D) - total
         x = load_rows(q, rows, valid, D, BLOCK_D).to(tl.float32)
@@ -253,20 +264,21 @@ def sparse_linear_bwd_kernel_dkdv(
                 of_v = tl.dot(phi.to(b_t.dtype), b_t, of_v, input_precision="ieee")
             store_rows(dv, rows, valid, of_v * peak, heads, key_tokens, D, BLOCK_D)
             one = tl.full([ROWS], 1.0, dtype=tl.float32)
-            with_u, with_z, _with_u, _with_z = sums_through(
-                k_rows, rows, valid, shift, size, b_v, table, peak, totals, width, D, BLOCK_D, ROWS, COLUMNS, MAP
-            )
+            linear_rows = LinearRows(k_rows, rows, valid, shift, size, b_v, table, peak, totals, width)
+            with_u, with_z, _with_u, _with_z = sums_through(linear_rows, D, BLOCK_D, ROWS, COLUMNS, MAP)
             store_through(
-                dk, k_rows, rows, valid, shift, size, b_v, table, peak, totals, (with_u, with_z), one, one, width,
-                heads, key_tokens, D, BLOCK_D, COLUMNS, MAP,
+                dk, linear_rows, (with_u, with_z), one, one, heads, key_tokens, D, BLOCK_D, COLUMNS, MAP
             )  # fmt: skip
         else:
             total = load_total(gradient.totals, D, BLOCK_D)
             of_phi = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
             phi_k = mapped(load_rows(k_rows, rows, valid, D, BLOCK_D), D, MAP).to(b_v.dtype)
+            read = (
+                rows_of(q, heads, ALIGN), rows_of(pulled, heads, ALIGN),
+                statistics.denominators + first_row, statistics.ratios + first_row,
+            )  # fmt: skip
             of_v, of_phi, total = over_selecting(
-                of_v, of_phi, total, phi_k, b_v, i_k, rows_of(q, heads, ALIGN), rows_of(pulled, heads, ALIGN),
-                statistics.denominators + first_row, statistics.ratios + first_row, routes, selecting, layout,
+                (of_v, of_phi, total), phi_k, b_v, i_k, read, routes, selecting, layout,
                 D, BLOCK_D, BLOCK_Q, TILE_Q, STEP, MAP,
             )  # fmt: skip
             i_bh, rows, there, valid = recomputed_keys(counts, layout, heads, BLOCK_K, TILE_K, ROWS)

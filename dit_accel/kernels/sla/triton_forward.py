@@ -28,8 +28,7 @@ from dit_accel.kernels.sla.triton_linear import (
     load_part,
     mapped,
     mapped_columns,
-    over_marginal,
-    over_selected,
+    over_blocks,
     recomputed_queries,
     routes_of,
     scales_of_rows,
@@ -92,17 +91,19 @@ def state_kernel(
 
 @triton.jit
 def with_state(
-    acc, q, rows, valid, table, totals, width,
+    acc, q, rows, valid, state, i_bh, zero,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, MAP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """acc + phi(q) T, fp32 [BLOCK, BLOCK_D], for a table T [D, D]; phi(q) . z for z [D] in `totals`; divisors of rows.
+    """acc + phi(q) T, fp32 [BLOCK, BLOCK_D], for a head's table T in `state`; phi(q) . z for its totals z; divisors.
 
     If UNIT, each row of phi is divided by its sum. The divisors are 0 otherwise.
 
-    q is read a few columns at a time, and again for each sum: whole rows do not fit the registers. `width` equals
-    BLOCK_D, but the compiler cannot see it: otherwise it unrolls the loops and keeps all columns in registers.
+    q is read a few columns at a time, and again for each sum: whole rows do not fit the registers. With a `hidden_zero`
+    the compiler cannot see that `width` is BLOCK_D: otherwise it unrolls the loops and keeps all columns in registers.
     """
     COLUMNS: tl.constexpr = min(BLOCK_D, 32)
+    table, totals = state.table + i_bh.to(tl.int64) * (D * D), state.totals + i_bh.to(tl.int64) * D
+    width = BLOCK_D + zero
     shift, size = scales_of_rows(q, rows, valid, width, D, BLOCK, COLUMNS, MAP)
     unit = tl.zeros([BLOCK], dtype=tl.float32)
     if UNIT:
@@ -132,6 +133,28 @@ def unit_rows(b_q, D: tl.constexpr, MAP: tl.constexpr):
     return (phi * (1.0 / tl.where(size > 0.0, size, 1.0))[:, None]).to(b_q.dtype)
 
 
+@triton.jit
+def linear_sums(
+    q, k, v, rows, valid, i_bh, i_q, routes, layout, heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr, STEP: tl.constexpr, MAP: tl.constexpr, MARGINAL: tl.constexpr,
+):  # fmt: skip
+    """A query block's linear branch over some of its key blocks, see `over_blocks`, and its sums of weights.
+
+    fp32 [BLOCK_Q, BLOCK_D] and [BLOCK_Q]; q is the `HeadRows` of the head.
+    """
+    k_rows = from_row(rows_of_head(k, i_bh, heads, ALIGN), layout.segments.visual_start)
+    v_rows = from_row(rows_of_head(v, i_bh, heads, ALIGN), layout.segments.visual_start)
+    selected = routes_of(routes, i_bh, i_q, layout.queries.blocks)
+    phi = unit_rows(load_rows(q, rows, valid, D, BLOCK_D), D, MAP)
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+    weights = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    return over_blocks(
+        acc, weights, phi, k_rows, v_rows, selected, layout.keys,
+        D, BLOCK_D, BLOCK_K, TILE_K, STEP, MAP, MARGINAL, False,
+    )  # fmt: skip
+
+
 @kernel
 def sparse_linear_fwd_kernel(
     out, q, k, v, state, weight, bias, routes, lists, saved, layout, scale, heads,
@@ -153,36 +176,25 @@ def sparse_linear_fwd_kernel(
     if SCOPE == "marginal":
         zero, i_bh, rows, valid = recomputed_queries(lists.spans, queries, BLOCK_Q, TILE_Q)
         q_rows = rows_of_head(q, i_bh, heads, ALIGN)
-        k_rows = from_row(rows_of_head(k, i_bh, heads, ALIGN), visual_start)
-        v_rows = from_row(rows_of_head(v, i_bh, heads, ALIGN), visual_start)
-        selected = routes_of(routes, i_bh, tl.program_id(0) + zero, queries.blocks)
-        phi = unit_rows(load_rows(q_rows, rows, valid, D, BLOCK_D), D, MAP)
-        acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
-        left = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        acc, left = over_selected(
-            acc, left, phi, k_rows, v_rows, selected, keys, D, BLOCK_D, BLOCK_K, TILE_K, STEP, MAP, False
-        )
+        acc, left = linear_sums(
+            q_rows, k, v, rows, valid, i_bh, tl.program_id(0) + zero, routes, layout, heads,
+            D, BLOCK_D, ALIGN, BLOCK_Q, BLOCK_K, TILE_K, STEP, MAP, False,
+        )  # fmt: skip
         zero, i_bh, rows, valid = recomputed_queries(lists.spans, queries, BLOCK_Q, TILE_Q)
         q_rows = rows_of_head(q, i_bh, heads, ALIGN)
         peak = tl.load(state.peaks + i_bh)
         acc, of_all, size = with_state(
-            acc * (-1.0 / peak), q_rows, rows, valid, state.table + i_bh.to(tl.int64) * (D * D),
-            state.totals + i_bh.to(tl.int64) * D, BLOCK_D + zero, D, BLOCK_D, BLOCK_Q, MAP, True,
+            acc * (-1.0 / peak), q_rows, rows, valid, state, i_bh, zero, D, BLOCK_D, BLOCK_Q, MAP, True
         )  # fmt: skip
         acc *= peak
         lost = valid & (2.0 * left > of_all)
         left = tl.maximum(of_all - left, 0.0)
         one_by_one = tl.max(lost.to(tl.int32), 0) > 0
         if one_by_one:
-            k_rows = from_row(rows_of_head(k, i_bh, heads, ALIGN), visual_start)
-            v_rows = from_row(rows_of_head(v, i_bh, heads, ALIGN), visual_start)
-            selected = routes_of(routes, i_bh, tl.program_id(0) + zero, queries.blocks)
-            phi = unit_rows(load_rows(q_rows, rows, valid, D, BLOCK_D), D, MAP)
-            acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
-            left = tl.zeros([BLOCK_Q], dtype=tl.float32)
-            acc, left = over_marginal(
-                acc, left, phi, k_rows, v_rows, selected, keys, D, BLOCK_D, BLOCK_K, TILE_K, STEP, MAP, False
-            )
+            acc, left = linear_sums(
+                q_rows, k, v, rows, valid, i_bh, tl.program_id(0) + zero, routes, layout, heads,
+                D, BLOCK_D, ALIGN, BLOCK_Q, BLOCK_K, TILE_K, STEP, MAP, True,
+            )  # fmt: skip
         denominator = left + EPS / size
         b_l = (acc * (1.0 / denominator)[:, None]).to(q.start.dtype.element_ty)
         if saved.training:
@@ -216,8 +228,7 @@ def sparse_linear_fwd_kernel(
         q_rows = rows_of_head(q, i_bh, heads, ALIGN)
         acc_l = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
         acc_l, of_total, _ = with_state(
-            acc_l, q_rows, rows, valid, state.table + i_bh.to(tl.int64) * (D * D),
-            state.totals + i_bh.to(tl.int64) * D, BLOCK_D + zero, D, BLOCK_D, BLOCK_Q, MAP, False,
+            acc_l, q_rows, rows, valid, state, i_bh, zero, D, BLOCK_D, BLOCK_Q, MAP, False
         )  # fmt: skip
         acc += acc_l * (tl.load(state.peaks + i_bh) / (of_total + EPS))[:, None]
     if HAS_BIAS:

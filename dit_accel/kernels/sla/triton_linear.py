@@ -271,54 +271,54 @@ def routes_of(routes, i_bh, i_q, rows):
 
 
 @triton.jit
-def over_selected(
+def over_blocks(
     acc, side_sum, x, k, v, routes, keys,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
-    MAP: tl.constexpr, BACKWARD: tl.constexpr,
+    MAP: tl.constexpr, MARGINAL: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """`add_features` over a query block's critical and negligible blocks."""
-    STEPS: tl.constexpr = BLOCK // STEP
-    for i in range((routes.topk + routes.skip) * STEPS):
-        place = i // STEPS
-        is_critical = place < routes.topk
-        block = tl.load(tl.where(is_critical, routes.critical + place, routes.negligible + (place - routes.topk)))
-        acc, side_sum = add_features(
-            acc, side_sum, x, k, v, block, i % STEPS * STEP, keys, D, BLOCK_D, BLOCK, TILE, STEP, MAP, BACKWARD
-        )  # fmt: skip
-    return acc, side_sum
+    """`add_features` over a query block's critical and negligible blocks, or over the MARGINAL ones, in neither list.
 
-
-@triton.jit
-def over_marginal(
-    acc, side_sum, x, k, v, routes, keys,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
-    MAP: tl.constexpr, BACKWARD: tl.constexpr,
-):  # fmt: skip
-    """`add_features` over the key blocks in neither list; both ascend and are walked in one pass."""
-    i_critical = 0
-    i_negligible = 0
-    for block in range(routes.blocks):
-        next_critical = tl.load(routes.critical + i_critical, mask=i_critical < routes.topk, other=-1)
-        next_negligible = tl.load(routes.negligible + i_negligible, mask=i_negligible < routes.skip, other=-1)
-        if next_critical == block:
-            i_critical += 1
-        elif next_negligible == block:
-            i_negligible += 1
-        else:
-            for first in range(0, BLOCK, STEP):
-                acc, side_sum = add_features(
-                    acc, side_sum, x, k, v, block, first, keys, D, BLOCK_D, BLOCK, TILE, STEP, MAP, BACKWARD
-                )  # fmt: skip
+    Both lists ascend, so the marginal blocks are found in one pass.
+    """
+    if MARGINAL:
+        i_critical = 0
+        i_negligible = 0
+        for block in range(routes.blocks):
+            next_critical = tl.load(routes.critical + i_critical, mask=i_critical < routes.topk, other=-1)
+            next_negligible = tl.load(routes.negligible + i_negligible, mask=i_negligible < routes.skip, other=-1)
+            if next_critical == block:
+                i_critical += 1
+            elif next_negligible == block:
+                i_negligible += 1
+            else:
+                for first in range(0, BLOCK, STEP):
+                    acc, side_sum = add_features(
+                        acc, side_sum, x, k, v, block, first, keys, D, BLOCK_D, BLOCK, TILE, STEP, MAP, BACKWARD
+                    )  # fmt: skip
+    else:
+        STEPS: tl.constexpr = BLOCK // STEP
+        for i in range((routes.topk + routes.skip) * STEPS):
+            place = i // STEPS
+            is_critical = place < routes.topk
+            block = tl.load(tl.where(is_critical, routes.critical + place, routes.negligible + (place - routes.topk)))
+            acc, side_sum = add_features(
+                acc, side_sum, x, k, v, block, i % STEPS * STEP, keys, D, BLOCK_D, BLOCK, TILE, STEP, MAP, BACKWARD
+            )  # fmt: skip
     return acc, side_sum
 
 
 @triton.jit
 def add_queries(
-    of_v, of_k, weights, phi_k, b_v, sign, q, grad_out, denominators, ratios, block, first, queries,
+    sums, phi_k, b_v, sign, read, block, first, queries,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
     MAP: tl.constexpr,
 ):  # fmt: skip
-    """Add STEP slots of a query block, times sign, to the sums of (b a^T / d) g, (v g^T / d) a and -a r / d."""
+    """Add STEP slots of a query block, times sign, to the sums of (b a^T / d) g, (v g^T / d) a and -a r / d.
+
+    `read`: q and g as `HeadRows`, d and r of the head.
+    """
+    of_v, of_k, weights = sums
+    q, grad_out, denominators, ratios = read
     rows, valid, _raster = visual_slots(block, first + tl.arange(0, STEP), queries, BLOCK, TILE)
     b_q = load_rows(q, rows, valid, D, BLOCK_D)
     b_g = load_rows(grad_out, rows, valid, D, BLOCK_D).to(b_q.dtype)
@@ -349,7 +349,7 @@ def holds_block(entries, n, block):
 
 @triton.jit
 def over_selecting(
-    of_v, of_k, weights, phi_k, b_v, i_k, q, grad_out, denominators, ratios, routes, selecting, layout,
+    sums, phi_k, b_v, i_k, read, routes, selecting, layout,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
     MAP: tl.constexpr,
 ):  # fmt: skip
@@ -373,17 +373,15 @@ def over_selecting(
         for i in range(tl.load(p_first) * STEPS, tl.load(p_first + 2) * STEPS):
             block = tl.load(entries + i // STEPS)
             if tl.load(selecting.modes + first_list + block) == 0:
-                of_v, of_k, weights = add_queries(
-                    of_v, of_k, weights, phi_k, b_v, -1.0, q, grad_out, denominators, ratios, block,
-                    i % STEPS * STEP, queries, D, BLOCK_D, BLOCK, TILE, STEP, MAP,
+                sums = add_queries(
+                    sums, phi_k, b_v, -1.0, read, block, i % STEPS * STEP, queries, D, BLOCK_D, BLOCK, TILE, STEP, MAP
                 )  # fmt: skip
     for i in range(tl.load(selecting.n_singles + i_bh)):
         block = tl.load(selecting.singles + first_list + i)
         lists = routes_of(routes, i_bh, block, queries.blocks)
         if holds_block(lists.critical, lists.topk, i_k) + holds_block(lists.negligible, lists.skip, i_k) == 0:
             for first in range(0, BLOCK, STEP):
-                of_v, of_k, weights = add_queries(
-                    of_v, of_k, weights, phi_k, b_v, 1.0, q, grad_out, denominators, ratios, block, first, queries,
-                    D, BLOCK_D, BLOCK, TILE, STEP, MAP,
+                sums = add_queries(
+                    sums, phi_k, b_v, 1.0, read, block, first, queries, D, BLOCK_D, BLOCK, TILE, STEP, MAP
                 )  # fmt: skip
-    return of_v, of_k, weights
+    return sums

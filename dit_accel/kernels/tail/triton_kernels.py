@@ -12,27 +12,18 @@ import triton.language as tl
 
 from dit_accel.kernels.block_sparse.triton_backward import row_lse, row_statistics
 from dit_accel.kernels.block_sparse.triton_forward import (
-    finalize,
+    attend_lists,
     online_softmax_step,
-    over_key_lists,
-    with_positive_scale,
+    store_output,
 )
 from dit_accel.kernels.block_sparse.triton_tokens import (
     LOG2E,
-    key_list,
     load_rows,
-    locate,
-    program_block,
-    query_segments,
     rows_of,
-    rows_of_head,
-    segments_of,
     store_rows,
-    store_rows_of_head,
     visual_slots,
 )
 from dit_accel.kernels.jit import kernel
-from dit_accel.kernels.records import Query
 
 
 @kernel
@@ -119,25 +110,14 @@ def tail_fwd_kernel(
         share: fp32 [B, H, N], written with HAS_SHARE: the share of the tail in a row's weights.
         pseudo: `records.PseudoKeys`.
     """
-    i_q, i_bh = program_block(queries.blocks, queries, BLOCK_Q)
-    segments = segments_of(i_bh // heads, samples)
-    starts = query_segments(segments, samples, queries.text)
-    rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
-    b_q, base_2 = with_positive_scale(load_rows(rows_of_head(q, i_bh, heads, ALIGN), rows, valid, D, BLOCK_D), scale)
-    acc, m, l = over_key_lists(  # noqa: E741
-        Query(b_q, None, None, None),
-        rows_of_head(k, i_bh, heads, ALIGN), rows_of_head(v, i_bh, heads, ALIGN), base_2,
-        key_list(i_bh * lists.per_head * queries.blocks + i_q, lists), lists.words, segments, keys,
-        D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_K, STEP, False, False,
+    acc, m, l, b_q, base_2, i_q, i_bh, starts = attend_lists(  # noqa: E741
+        q, k, v, lists, samples, keys, queries, scale, heads,
+        D, BLOCK_D, ALIGN, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, STEP, False,
     )  # fmt: skip
     outside = pseudo.outside + (i_bh.to(tl.int64) * queries.blocks + i_q) * pseudo.blocks
     acc, m, l, listed = over_pseudo_keys(acc, m, l, b_q, pseudo, outside, i_bh, base_2, D, BLOCK_D, STEP)  # noqa: E741
-    acc, b_lse = finalize(acc, m, l)
-    # Recomputed from the grid to shorten the live range of `rows`; otherwise they spill.
-    i_q, i_bh = program_block(tl.num_programs(0), queries, BLOCK_Q)
-    rows, valid, _raster = locate(i_q, tl.arange(0, BLOCK_Q), starts, queries, BLOCK_Q, TILE_Q)
-    store_rows_of_head(out, rows, valid, acc, i_bh, heads, queries.tokens, D, BLOCK_D)
-    place = i_bh.to(tl.int64) * queries.tokens + rows
+    b_lse, first, rows, valid = store_output(out, acc, m, l, starts, queries, heads, D, BLOCK_D, BLOCK_Q, TILE_Q)
+    place = first + rows
     tl.store(lse + place, b_lse, mask=valid)
     if HAS_SHARE:
         tl.store(share + place, 1.0 - tl.where(l == 0.0, 1.0, listed / tl.where(l == 0.0, 1.0, l)), mask=valid)
