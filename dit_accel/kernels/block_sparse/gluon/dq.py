@@ -102,7 +102,7 @@ def half_step(
 def consume(
     dq, lse, grad_lse, statistics, scale, problem, buffers,
     PART: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, HALF: gl.constexpr,
-    TILE_K: gl.constexpr, STAGES: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: LSE and delta of 64 query rows, then dq over the whole list."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
@@ -177,11 +177,11 @@ def block_sparse_gluon_dq_kernel(
             (produce, (q, g, o, k, v, problem, buffers, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES)),
             (consume, (
                 dq, lse, grad_lse, statistics, scale, problem, buffers,
-                0, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES,
+                0, D, BLOCK_K, TILE_Q, HALF, STAGES,
             )),
             (consume, (
                 dq, lse, grad_lse, statistics, scale, problem, buffers,
-                1, D, BLOCK_K, TILE_Q, HALF, TILE_K, STAGES,
+                1, D, BLOCK_K, TILE_Q, HALF, STAGES,
             )),
         ],
         [4, 4],
