@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.api import in_autocast_dtype
 from dit_accel.kernels.impls import Impl
 from dit_accel.pipelines.context_parallel import Ulysses
 from dit_accel.plans.head_balance import dealt
@@ -194,9 +195,7 @@ class LayerAttention(AtWork):
         """
         if not torch.compiler.is_compiling():
             return self.compute(q, k, v, scale, masked, self.arranged, gate)
-        if torch.is_autocast_enabled(q.device.type):
-            dtype = torch.get_autocast_dtype(q.device.type)
-            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        q, k, v = in_autocast_dtype(q, k, v)
         learned = [] if self.learned is None else list(self.learned.parameters())
         gates = [] if gate is None else [gate]
         record = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *gates, *learned))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse import dense, portable
+from dit_accel.kernels.block_sparse.api import in_autocast_dtype
 from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseInputs, Geometry, Segments
 from dit_accel.kernels.block_sparse.held import Held, Runs
 from dit_accel.pipelines.sharding import exchange
@@ -69,9 +70,8 @@ class Ring:
     def attend(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, call: PlanArguments) -> Tensor:
         """A static plan's attention: q, k, v and the result [B, H, n, D], this process's range in model order."""
         assert isinstance(plan, StaticPlan)
-        kind, text = q.device.type, self.ranges[self.rank].text
-        if torch.is_autocast_enabled(kind):
-            q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+        text = self.ranges[self.rank].text
+        q, k, v = in_autocast_dtype(q, k, v)
         first = text[1] - text[0] if plan.grid.text_first else 0
         needed = reads(plan, self.ranges)
         pairs = len(self.ranges) * (len(self.ranges) - 1)

@@ -10,7 +10,7 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
-from dit_accel.kernels.block_sparse.api import attend_blocks, attend_visual
+from dit_accel.kernels.block_sparse.api import attend_blocks, attend_visual, in_autocast_dtype
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
 from dit_accel.kernels.impls import AUTO, Impl
 from dit_accel.order import TokenOrder, valid_tokens
@@ -134,10 +134,8 @@ class RoutedPlan(Plan):
                 f"q, k and v must all be [batch, heads, {self.grid.tokens}, head_dim] for the grid {self.grid}; got "
                 f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
             )
-        kind = q.device.type
-        if torch.is_autocast_enabled(kind):
-            q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
-        with torch.autocast(kind, enabled=False):
+        q, k, v = in_autocast_dtype(q, k, v)
+        with torch.autocast(q.device.type, enabled=False):
             if not call.arranged:
                 q, k, v = (self.arrange(x) for x in (q, k, v))
                 if call.gate is not None:

@@ -75,9 +75,7 @@ def attend_blocks(
         Online softmax with a log-sum-exp per row: Dao et al., FlashAttention (arXiv:2205.14135), Algorithms 1 and 4.
         The incoming gradient of the LSE is added to dP before delta is subtracted.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = in_autocast_dtype(q, k, v)
     call = BlockSparseInputs(q, k, v, lists, segments, geometry, 1.0 if scale is None else float(scale))
     check_call(call)
     check_bias(call, text_bias)
@@ -98,6 +96,14 @@ def attend_blocks(
         assert sums is not None
         out, sums = merge(out, sums, *attend_padding(call, chosen.name), text_bias)
     return out, sums
+
+
+def in_autocast_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three in the dtype that autocast has on their device; themselves where autocast is off."""
+    if not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def gradients_follow(*tensors: Tensor) -> bool:

@@ -15,6 +15,7 @@ from dit_accel.kernels.block_sparse.api import (
     check_bias,
     check_call,
     gradients_follow,
+    in_autocast_dtype,
     merge,
     visual_call,
 )
@@ -75,9 +76,7 @@ def attend_with_tail(
     Raises:
         DitAccelError: a shape does not fit, the lists have tables, or `impl` cannot run here.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = in_autocast_dtype(q, k, v)
     gradients = gradients_follow(q, k, v)
     facts = Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order, gradients=gradients, lse=True)
     chosen, _ = impls.choose(facts, impl)
