@@ -16,6 +16,8 @@ DEMO_SETTINGS ?= --frames 17 --height 224 --width 256
 PYTEST_FLAGS ?=
 # What CI leaves to `make support` has the mark thorough: further methods of models that were tested with one.
 TESTS ?= not timing and not thorough
+# Neighbouring tests share models and fixtures, so a process gets whole files, and takes some of another's when idle.
+PARALLEL := -n auto --dist worksteal
 KERNELS_FLAGS ?=
 # The oldest Triton that pyproject.toml takes compiles two builds a kernel; OLDEST_FLAGS=--all compiles all.
 OLDEST_TRITON := 3.6.0
@@ -61,17 +63,17 @@ $(INSTALLED): $(PACKAGE)
 demo: $(PACKAGE)
 	$(BIN)/dit-accel generate --model demo $(DEMO_SETTINGS) --level $(DEMO_LEVEL) --compare --output $(OUTPUT)/demo.mp4
 
-# What measures time runs alone and first; then the rest, a process for each core.
+# What measures time runs alone and first, and only its files are imported; then the rest, a process for each core.
 test: $(INSTALLED)
 	@status=0; \
-	$(BIN)/python -m pytest -m timing $(PYTEST_FLAGS) || status=$$?; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '$(TESTS)' -n auto $(PYTEST_FLAGS) || status=$$?; \
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not thorough' -n auto $(INTERPRETED) || status=$$?; \
+	$(BIN)/python -m pytest -m timing $$(grep -rl --include='test_*.py' 'mark\.timing' tests) $(PYTEST_FLAGS) || status=$$?; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '$(TESTS)' $(PARALLEL) $(PYTEST_FLAGS) || status=$$?; \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not thorough' $(PARALLEL) $(INTERPRETED) || status=$$?; \
 	exit $$status
 
 # The tests that the table of families, methods and what they go with stands on, and the table.
 support: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --junitxml=$(OUTPUT)/support.xml tests/pipelines tests/test_accelerator.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) --junitxml=$(OUTPUT)/support.xml tests/pipelines tests/test_accelerator.py
 	$(BIN)/python tests/support_table.py $(OUTPUT)/support.xml
 
 kernels: $(INSTALLED) $(OLDEST)

@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import dataclasses
+import gc
 import importlib.util
 import os
 import pathlib
@@ -25,6 +26,9 @@ hypothesis.settings.load_profile("same everywhere")
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     drop_unused_work()
 
+# Garbage is not looked for until all tests are there: modules and tests are a million objects that stay.
+gc.disable()
+
 ROOT = pathlib.Path(__file__).parent.parent
 EVIDENCE = pytest.StashKey[bool]()
 COLLECTED = pytest.StashKey[list]()
@@ -47,6 +51,18 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    """From here on, garbage is looked for among what tests make, and a tenth as often: graphs have many objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(7_000)
+    gc.enable()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # extensions complain of what is left at the end
 
 
 @pytest.fixture
