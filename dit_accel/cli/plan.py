@@ -62,7 +62,9 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
     gpu: str | None = option(
         None, "Also show what would run on this GPU, such as sm_90; it need not be present.", metavar="sm_80|sm_90|..."
     )
-    head_dim: int = option(HEAD_DIM, "Channels of a head, for --gpu and --gpus.", least=1)
+    head_dim: int | None = option(
+        None, "Channels of a head, for --gpu and --gpus; by default the model's, or 128 where none is known.", least=1
+    )
     gpus: int | None = option(
         None, "Predict what this many GPUs do in a layer; needs --heads, --tflops and --link.", least=1, most=256
     )
@@ -92,7 +94,7 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
 
     def check_gpus(self) -> None:
         """What a prediction for several GPUs needs, and what it cannot be given with."""
-        if self.gpus is None and self.gpu is None and self.head_dim != HEAD_DIM:
+        if self.gpus is None and self.gpu is None and self.head_dim is not None:
             raise DitAccelError("--head-dim changes only what --gpu and --gpus show. Add one of them, or leave it out.")
         needs = {"--heads": self.heads, "--tflops": self.tflops, "--link": self.link}
         if self.gpus is None:
@@ -103,6 +105,19 @@ class PlanOptions(JsonOptions, SizeOptions, SourceOptions, SettingsOptions):
             raise DitAccelError(f"--gpus needs more to predict times. Add {', '.join(missing)}.")
         elif self.image is not None or self.gpu is not None:
             raise DitAccelError("--gpus predicts only counts and times. Leave --image and --gpu out.")
+
+    def channels(self) -> tuple[int, str]:
+        """Channels of a head, and whose they are."""
+        if self.head_dim is not None:
+            return self.head_dim, "of --head-dim"
+        if self.model is not None:
+            from dit_accel.generation.sources import find
+
+            config = find(self.model, self.revision).config("transformer")
+            for name in ("attention_head_dim", "head_dim"):
+                if isinstance(config.get(name), int):
+                    return config[name], "of the model"
+        return HEAD_DIM, "of most models"
 
     def subject(self) -> Subject:
         """What a preset or a level is chosen for; with --gpu on a GPU."""
@@ -221,9 +236,11 @@ def _facts(plan: Plan, options: PlanOptions) -> dict[str, Any]:
     }
     if options.gpu is not None:
         learned = registry.get_method(plan.method).learned(plan.config) is not None
-        choices = plan.implementation(options.gpu, head_dim=options.head_dim, learned=learned)
+        head_dim, whose = options.channels()
+        choices = plan.implementation(options.gpu, head_dim=head_dim, learned=learned)
+        facts["head_dim"], facts["head_dim_of"] = head_dim, whose
         facts["implementation"] = {options.gpu: [choice._asdict() for choice in choices]}
-        facts["only_named"] = {options.gpu: plan.only_named(options.gpu, head_dim=options.head_dim, learned=learned)}
+        facts["only_named"] = {options.gpu: plan.only_named(options.gpu, head_dim=head_dim, learned=learned)}
     if visited is not None:
         facts["block_density"] = visited / total
     if visited and plan.method != registry.DENSE:
@@ -237,15 +254,17 @@ def _forecast(plan: Plan, options: PlanOptions) -> dict[str, Any]:
     from dit_accel.plans.several_gpus import forecast
 
     assert options.gpus and options.heads and options.tflops and options.link
-    several = forecast(plan, options.gpus, options.parallel, options.heads, options.head_dim)
-    one = forecast(plan, 1, "ulysses", options.heads, options.head_dim)
-    compute, traffic = several.compute_ms(options.tflops, options.head_dim), several.traffic_ms(options.link)
-    alone = one.compute_ms(options.tflops, options.head_dim)
+    head_dim, _ = options.channels()
+    several = forecast(plan, options.gpus, options.parallel, options.heads, head_dim)
+    one = forecast(plan, 1, "ulysses", options.heads, head_dim)
+    compute, traffic = several.compute_ms(options.tflops, head_dim), several.traffic_ms(options.link)
+    alone = one.compute_ms(options.tflops, head_dim)
     return {
         "method": plan.method,
         "config": registry.settings_of(plan.config),
         "grid": dataclasses.asdict(plan.grid),
         "density": plan.density,
+        "head_dim": head_dim,
         "parallel": options.parallel,
         "ulysses_degree": several.ulysses,
         "ring_degree": several.ring,
@@ -312,6 +331,8 @@ def _print_table(facts: dict[str, Any], words: dict[str, str]) -> None:
     if "ideal_speedup" in facts:
         speedup = f"{facts['ideal_speedup']:.2f} times dense attention"
         table.add_row("ideal speed-up", f"{speedup}, if every visited block costs the same")
+    if "head_dim" in facts:
+        table.add_row("channels", f"{facts['head_dim']} a head, {facts['head_dim_of']}")
     for gpu, choices in facts.get("implementation", {}).items():
         for choice in choices:
             table.add_row(f"{gpu}, {choice['part']}", f"{choice['name']}: {choice['faster'] or choice['why']}")

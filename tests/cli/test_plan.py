@@ -207,3 +207,20 @@ def test_dense_attention_has_no_speedup_over_itself(cli):
 def test_options_without_effect_are_refused(cli, options, named):
     outcome = cli("plan", "--method", "sol", *options)
     assert (outcome.status, outcome.out) == (2, "") and says(outcome.err, named)
+
+
+@pytest.mark.parametrize(
+    ("options", "head_dim"),
+    [(("--model", "demo"), 64), (("--model", "demo", "--head-dim", 128), 128), (("--grid", "4x8x8"), 128)],
+)
+def test_kernels_are_those_for_the_models_heads(cli, options, head_dim):
+    """A head of another size can take another kernel."""
+    facts = json.loads(cli("plan", "--method", "sol", "--gpu", "sm_90", *options, "--json").out)
+    assert facts["head_dim"] == head_dim
+    plan = {
+        "sm_90": [
+            row._asdict()
+            for row in dit_accel.plan("sol", dit_accel.TokenGrid(4, 8, 8)).implementation("sm_90", head_dim=head_dim)
+        ]
+    }
+    assert facts["implementation"] == plan
