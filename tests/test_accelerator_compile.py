@@ -25,9 +25,11 @@ CASES = {
 
 @pytest.fixture
 def model(tiny_wan, tiny_flux, wan_inputs, flux_inputs):
-    def make(family):
+    """A transformer and its call. One layer of each kind unless a test is about several: compiling costs by layers."""
+
+    def make(family, layers=1):
         if family == "wan":
-            return tiny_wan(), wan_inputs()
+            return tiny_wan(layers), wan_inputs()
         return tiny_flux(num_layers=1, num_single_layers=1), flux_inputs((13, 11))
 
     return make
@@ -42,7 +44,7 @@ def run(transformer, inputs):
 def test_through_accelerate_remove_and_accelerate_again(family, model):
     """Cold each time the settings change; the second accelerator must not see the first's plan."""
     transformer, inputs = model(family)
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(transformer, backend=counter, fullgraph=True)
     dense = run(transformer, inputs)
     (method, first), *_ = CASES[family]
@@ -91,7 +93,7 @@ def test_one_graph_and_a_second_for_dense_steps(family, method, config, model):
 
 
 def test_compiled_in_place_and_before(model):
-    transformer, inputs = model("wan")
+    transformer, inputs = model("wan", layers=2)
     counter = CompileCounterWithBackend("aot_eager")
     transformer.compile(backend=counter, fullgraph=True)
     with dit_accel.accelerated(transformer, "gna", window=(3, 5, 4)) as accel:
@@ -108,7 +110,7 @@ def test_a_compiled_model_may_be_the_target(model):
     with dit_accel.accelerated(compiled, "gna", window=(3, 5, 4)) as accel:
         run(compiled, inputs)
     assert list(accel.transformers.values()) == [transformer]
-    assert accel.report().sparse_calls == 2
+    assert accel.report().sparse_calls == 1
 
 
 def test_repeated_blocks_share_their_graphs(tiny_wan, wan_inputs):
@@ -160,7 +162,7 @@ def test_a_step_schedule_on_a_bare_compiled_transformer_needs_set_step(model):
             run(compiled, inputs)
         accel.set_step(0, 2)
         run(compiled, inputs)
-        assert accel.report().dense_calls == 2
+        assert accel.report().dense_calls == 1
 
 
 def test_gradients_through_a_compiled_model(model):
@@ -187,7 +189,7 @@ MANY_SIZES = [
     pytest.param(
         "wan", "sla", {"topk": 0.3, "block": 16}, "blocks", "inductor", True, True, marks=pytest.mark.thorough
     ),
-    ("wan", "gna", PART, "whole", "inductor", None, False),
+    ("wan", "gna", PART, "blocks", "inductor", None, False),
     ("flux", "sparge", {"topk": 0.3, "block": 16, "block_q": 16}, "whole", "aot_eager", True, False),
     ("minimax_h3", "rectified", {"block": 16, "block_q": 16}, "whole", "aot_eager", True, False),
     pytest.param(
@@ -229,8 +231,8 @@ def outcome(call, transformer, inputs, gradients):
 @pytest.mark.parametrize(("family", "method", "config", "part", "backend", "dynamic", "gradients"), MANY_SIZES)
 def test_eleven_sizes_share_their_graphs(family, method, config, part, backend, dynamic, gradients):
     """As many graphs as the untouched model has; that is, three at most for each of its parts."""
-    one = {"num_layers": 1} if backend == "inductor" and part == "whole" else {}  # its time goes by layers
-    transformer, calls = calls_of_many_sizes(family, **one)
+    one_layer = {"num_layers": 1} if part == "whole" else {}  # the time to compile goes by layers
+    transformer, calls = calls_of_many_sizes(family, **one_layer)
     counter = CompileCounterWithBackend(backend)
     with dit_accel.accelerated(transformer, method, **config) as accel:
         accelerated_runs.train(accel)
@@ -275,7 +277,7 @@ def test_repeated_blocks_make_no_more_graphs_than_the_untouched_models(family):
 
 def test_lora_adapters_are_swapped_without_a_new_graph(tiny_wan, wan_inputs):
     """As Diffusers' hot-swapping does it; both sizes of both adapters run in the graphs of the first."""
-    counter, target = CompileCounterWithBackend("aot_eager"), ["to_q", "to_v"]
+    counter, target = CompileCounterWithBackend("eager"), ["to_q", "to_v"]
     states = []
     for seed in (0, 1):
         adapted = tiny_wan(layers=1)
@@ -319,7 +321,7 @@ def test_a_backward_pass_after_another_forward(model):
         torch.testing.assert_close(gradients(compiled), gradients(transformer))
         assert not attention._RECORDS
         output = compiled(**inputs, return_dict=False)[0]
-        assert len(attention._RECORDS) == 2
+        assert len(attention._RECORDS) == 1
         del output
         assert not attention._RECORDS
 
