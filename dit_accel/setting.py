@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from dit_accel.plans.plan import Plan
     from dit_accel.tokens import TokenGrid
 
-FORMATS = (1, 2)  # of files; the first had "layers" alone, and only dense steps in "schedule"
+FORMAT = 2  # of files
 SCHEDULE = tuple(field.name for field in dataclasses.fields(Schedule))
 WORDS = (*SCHEDULE, "dense_backend", "cache")  # behind the method in a text
 
@@ -127,8 +127,8 @@ class Setting:
             DitAccelError: the file is missing, holds no setting, or is of another format, or a value is refused.
         """
         content = read_json(pathlib.Path(path), "setting", "Give another file.", ("format", "method"))
-        if content["format"] not in FORMATS:
-            raise DitAccelError(f"{path} has format {content['format']!r}; this version reads {FORMATS[-1]} and older.")
+        if content["format"] != FORMAT:
+            raise DitAccelError(f"{path} has format {content['format']!r}; this version reads format {FORMAT}.")
         try:
             setting = cls.from_dict(content)
         except DitAccelError as error:
@@ -174,7 +174,7 @@ class Setting:
 
     def to_json(self, **remarks: Any) -> str:
         """The text of a file; `remarks` are further entries for readers."""
-        return json.dumps({"note": MARK, "format": FORMATS[-1], **self.as_dict(), **remarks}, indent=2) + "\n"
+        return json.dumps({"note": MARK, "format": FORMAT, **self.as_dict(), **remarks}, indent=2) + "\n"
 
     @property
     def title(self) -> str:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from dit_accel.caches.residuals import Add
 
 BLOCK_CACHES = ("first-block", "mag", "steps")
-
-
 _OURS: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # transformers with a cache of this package
 
 

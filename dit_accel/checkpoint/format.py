@@ -22,8 +22,7 @@ from dit_accel.setting import Setting
 
 SETTINGS_FILE = "accelerator.json"
 WEIGHTS_FILE = "accelerator.safetensors"
-FORMATS = (1, 2)  # the first had the setting's entries beside the others, and no back end
-FIRST = ("method", "config", "layers", "schedule")
+FORMAT = 2
 KINDS: dict[str, Any] = {
     "setting": dict, "impl": str, "models": dict, "trained": dict | None, "weights_sha256": str | None,
 }  # fmt: skip
@@ -87,7 +86,7 @@ def save(
     content = to_bytes(stored, {"note": MARK}) if stored else None
     saved = {
         "note": MARK,
-        "format": FORMATS[-1],
+        "format": FORMAT,
         "dit_accel_version": VERSION,
         "setting": setting.as_dict(),
         "impl": impl,
@@ -118,13 +117,11 @@ def read(path: str | pathlib.Path) -> Saved:
         raise DitAccelError(f"load takes the folder that Accelerator.save_pretrained wrote; got {path!r}.")
     file = pathlib.Path(path) / SETTINGS_FILE
     content = read_json(file, "saved accelerator", "Save the accelerator again.", ("format", "models"))
-    if content["format"] not in FORMATS:
+    if content["format"] != FORMAT:
         raise DitAccelError(
             f"{file} has format {content['format']!r}, written by dit_accel {content.get('dit_accel_version')}; "
-            f"dit_accel {VERSION} reads formats up to {FORMATS[-1]}. Install the version that saved it."
+            f"dit_accel {VERSION} reads format {FORMAT}. Install the version that saved it."
         )
-    if content["format"] == FORMATS[0]:
-        content["setting"] = {name: content.get(name) for name in FIRST}
     odd = [key for key, kinds in KINDS.items() if not values.fits(content.get(key), kinds)] or _odd_entries(content)
     if odd:
         raise DitAccelError(
@@ -138,9 +135,9 @@ def read(path: str | pathlib.Path) -> Saved:
 
 def _odd_entries(content: Mapping[str, Any]) -> list[str]:
     """The entries whose keys are not those that `save` writes."""
-    from dit_accel.checkpoint.lora import LATER, RECORD
+    from dit_accel.checkpoint.lora import RECORD
 
-    odd = [] if content["trained"] is None or content["trained"].keys() | LATER == RECORD else ["trained"]
+    odd = [] if content["trained"] is None or content["trained"].keys() == RECORD else ["trained"]
     models = content["models"].values()
     fits = all(isinstance(model, dict) and model.keys() == {"class", "config_hash"} for model in models)
     return odd if fits else [*odd, "models"]

@@ -59,7 +59,6 @@ class Trained(values.Checked):
 
 
 RECORD = {field.name for field in dataclasses.fields(Trained)} | {"lora_sha256"}  # the keys of what `write` returns
-LATER = {"changed", "sampler"}  # which earlier versions did not write
 
 
 def fingerprint(module: nn.Module) -> str:

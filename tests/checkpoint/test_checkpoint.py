@@ -83,20 +83,6 @@ def test_what_was_changed_by_hand_is_refused(saved, tiny_wan, change, message):
     assert all(type(module.processor).__name__ == "WanAttnProcessor" for module in attentions(transformer))
 
 
-def test_the_first_format_is_read(saved, tiny_wan, wan_inputs):
-    """It had the entries of the setting beside the others."""
-    folder, wanted = saved
-    file = folder / checkpoint.SETTINGS_FILE
-    content = json.loads(file.read_text())
-    setting = content.pop("setting")
-    del setting["dense_backend"]
-    file.write_text(json.dumps(content | setting | {"format": 1, "layers": None, "allow_dense": True}))
-    transformer = tiny_wan()
-    accel = dit_accel.load(transformer, folder)
-    accel.set_step(1, 2)
-    assert torch.equal(run(transformer, wan_inputs()), wanted)
-
-
 def attentions(transformer):
     return [block.attn1 for block in transformer.blocks]
 
@@ -188,7 +174,7 @@ def test_weights_for_other_layers_are_refused(dense_layers, saved, tiny_wan):
     [
         ("{", "not valid JSON"),
         ("[]", "saved accelerator"),
-        ('{"format": 1}', "saved accelerator"),
+        ('{"format": 2}', "saved accelerator"),
         (None, "saved accelerator"),
     ],
 )
