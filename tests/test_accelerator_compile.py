@@ -189,7 +189,7 @@ MANY_SIZES = [
     pytest.param(
         "wan", "sla", {"topk": 0.3, "block": 16}, "blocks", "inductor", True, True, marks=pytest.mark.thorough
     ),
-    ("wan", "gna", PART, "blocks", "inductor", None, False),
+    ("wan", "gna", PART, "whole", "inductor", None, False),
     ("flux", "sparge", {"topk": 0.3, "block": 16, "block_q": 16}, "whole", "aot_eager", True, False),
     ("minimax_h3", "rectified", {"block": 16, "block_q": 16}, "whole", "aot_eager", True, False),
     pytest.param(

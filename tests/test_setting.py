@@ -235,3 +235,9 @@ def test_a_setting_with_none_has_a_text_that_parses_back():
     )
     assert setting.text == "sol:block_q=none cache=pab:cross_attention_block_skip_range=none"
     assert Setting.parse(setting.text) == setting
+
+
+def test_none_drops_the_cache_of_a_setting():
+    setting = Setting.parse("sol cache=mag:threshold=0.1")
+    assert setting.changed(cache="none") == Setting.parse("sol cache=none") == Setting.parse("sol")
+    assert setting.changed() == setting and setting.cache is not None

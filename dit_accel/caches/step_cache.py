@@ -36,6 +36,7 @@ CONFIGS = {
 }
 LEAST_ONE = ("cache_interval", "max_order", "num_inference_steps", "max_skip_steps")
 FORM = "NAME[:key=value,...]"
+NO_CACHE = "none"  # drops the cache of a level or of a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +136,11 @@ class StepCache:
 
     @classmethod
     def of(cls, value: StepCache | str | Mapping[str, Any] | None) -> StepCache | None:
-        """A cache from itself, from text or from `as_dict`; None for None."""
+        """A cache from itself, from text or from `as_dict`; None for None and for "none"."""
         if value is None or isinstance(value, cls):
             return value
+        if value == NO_CACHE:
+            return None
         if isinstance(value, str):
             return cls.parse(value)
         if not isinstance(value, Mapping):

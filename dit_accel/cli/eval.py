@@ -17,7 +17,6 @@ from dit_accel.generation.request import (
     CACHE_FORM,
     LOAD_FORM,
     METHOD_FORM,
-    NO_CACHE,
     MethodOptions,
     ScheduleOptions,
     Subject,
@@ -94,8 +93,7 @@ class ComparedMethods(ScheduleOptions):
         methods += [{"load": path, "settings": self.settings, "dense_backend": backend} for path in self.load]
         if self.cache and not methods:
             methods = [{"method": "dense", "dense_backend": backend}]
-        caches = [None if text == NO_CACHE else text for text in self.cache] or [None]
-        every = [MethodOptions(**method, cache=cache) for method in methods for cache in caches]
+        every = [MethodOptions(**method, cache=cache) for method in methods for cache in self.cache or [None]]
         levels: dict[str, Candidate] = {}  # two may have one setting
         for level in self.level:
             candidate = MethodOptions(level=level, **words).candidate(subject)  # type: ignore[arg-type]  # it checks

@@ -29,7 +29,6 @@ MOST_STEPS = 10_000  # models learn 1,000 noise levels
 PROMPT = "a red circle moves right on a blue background"  # shows what the embedded model can draw
 METHOD_FORM = "METHOD[:KEY=VALUE,...]"
 CACHE_FORM = "CACHE[:KEY=VALUE,...]"
-NO_CACHE = "none"  # in place of one, where others stand beside it
 LOAD_FORM = "FOLDER|FILE|HUB-ID"
 PROMPTS_FORM = "FILE|LIST|FOLDER"
 
@@ -155,7 +154,8 @@ class ScheduleOptions(values.Checked):
 
     cache: str | None = option(
         None,
-        "Step cache, which skips blocks in some steps: steps, or Diffusers' first-block, mag, taylorseer, ...",
+        "Step cache, which skips blocks in some steps: steps, or Diffusers' first-block, mag, taylorseer, ...; none: "
+        "without that of a level or a file.",
         metavar=CACHE_FORM,
     )
 

@@ -14,7 +14,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.eval.request import EvalRequest, PromptsRequest
 from dit_accel.files import replace_file
 from dit_accel.generation.processes import ProcessRank
-from dit_accel.generation.request import CACHE_FORM, METHOD_FORM, NO_CACHE, ScheduleOptions
+from dit_accel.generation.request import CACHE_FORM, METHOD_FORM, ScheduleOptions
 from dit_accel.values import option
 
 if TYPE_CHECKING:
@@ -69,14 +69,9 @@ class TuneRequest(ScheduleOptions, PromptsRequest):
             self.calibrated()
 
     @property
-    def words(self) -> dict[str, Any]:
-        """Those that were given; the cache "none" is none."""
-        return {name: value for name, value in super().words.items() if (name, value) != ("cache", NO_CACHE)}
-
-    @property
     def measures_ratios(self) -> bool:
         """Whether MagCache's ratios are measured, and nothing is searched."""
-        cache = StepCache.of(self.words.get("cache"))
+        cache = StepCache.of(self.cache)
         return self.target is None and cache is not None and cache.name == "mag"
 
     def calibrated(self) -> tuple[Method, dict[str, Any]]:

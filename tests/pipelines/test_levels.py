@@ -115,6 +115,8 @@ def test_the_embedded_model_takes_its_own_rows(tmp_path):
     with dit_accel.accelerate(pipe, steps=12) as accel:  # at its own size
         assert accel.setting.text == texts["balanced", 192]
         assert f"{DEFAULTS.tokens:,} tokens" in accel.report().notes[0]
+    with dit_accel.accelerate(pipe, steps=12, cache="none") as accel:
+        assert accel.setting.text == "dense"
 
 
 def test_a_level_is_of_a_pipeline_and_takes_a_size_alone(wan_folder, tiny_wan):
