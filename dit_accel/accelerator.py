@@ -289,9 +289,8 @@ def accelerate(
         keep_dense_above: with `verify`, layers with a larger relative error stay dense, from that call on.
         dense_backend: back end of dense steps and layers: a name of Diffusers' dispatcher, "auto" for the fastest that
             computes the same, or "auto8" (`hooks.verified_backend`). None: the model's own, bit for bit.
-        cache: one of Diffusers' step caches with the names of its config's arguments, such as ``mag:threshold=0.12`` or
-            ``first-block:threshold=0.2``; also with the method "dense". "none" drops that of a level or of a setting.
-            See `dit_accel.caches.step_cache`.
+        cache: a step cache of `dit_accel.caches.step_cache`, such as ``mag:threshold=0.12``; also with the method
+            "dense". "none" drops that of a level or of a setting.
         replace: first remove an accelerator that is already at work.
         config: settings of the method, or the size of the calls that a level is chosen for: ``frames``, ``height``,
             ``width`` and ``steps``, by default the pipeline's own. ``budgets=FILE`` gives each layer and head its
