@@ -98,12 +98,13 @@ def attend_blocks(
     return out, sums
 
 
-def in_autocast_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three in the dtype that autocast has on their device; themselves where autocast is off."""
-    if not torch.is_autocast_enabled(q.device.type):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of one device in the dtype that autocast has there; themselves where autocast is off."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple([x.to(dtype) for x in tensors])
 
 
 def gradients_follow(*tensors: Tensor) -> bool:
