@@ -72,8 +72,14 @@ def test_what_is_missing_has_a_command(cli, monkeypatch):
 def test_every_extra_that_an_error_asks_for_is_looked_for():
     """Otherwise "nothing missing" would be untrue."""
     package = Path(doctor.__file__).parents[1]
-    asked = {extra for path in package.rglob("*.py") for extra in EXTRA.findall(path.read_text(encoding="utf-8"))}
-    assert {"lora", "quantize"} <= asked <= set(EXTRA.findall(" ".join(wanted for *_, wanted in doctor.PACKAGES)))
+    named_by_errors = {
+        extra for path in package.rglob("*.py") for extra in EXTRA.findall(path.read_text(encoding="utf-8"))
+    }
+    assert (
+        {"lora", "quantize"}
+        <= named_by_errors
+        <= set(EXTRA.findall(" ".join(wanted for *_, wanted in doctor.PACKAGES)))
+    )
 
 
 def test_memory_of_a_model_from_its_settings_alone(cli, monkeypatch):
