@@ -324,6 +324,8 @@ def accelerate(
     else:
         advice = functools.partial(_preset, target) if preset else None
         name = _family(target)[0].first_preset if method is None else method
+        if isinstance(name, str) and name.lower() in LEVELS:
+            raise DitAccelError(f"Levels are written {', '.join(LEVELS)}; got {name!r}.")
         setting = Setting.make(name, config, preset=advice, **words)
         if advice is not None:
             notes = (f"settings not given are those recommended: {advice(setting.method).source}",)

@@ -96,7 +96,11 @@ def plain(value: Any) -> Any:
 
 
 def plan(method: str, grid: TokenGrid, **config: Any) -> Plan:
-    """The plan of `method` with these settings on `grid`.
+    """The plan of a method on `grid`.
+
+    Args:
+        method: its name, or its name and settings as one types them: ``gna:window=18x24x24``.
+        config: further settings, which win.
 
     Example:
         >>> grid = TokenGrid(frames=30, height=48, width=80, text=256)
@@ -112,9 +116,10 @@ def plan(method: str, grid: TokenGrid, **config: Any) -> Plan:
 
     if not isinstance(grid, TokenGrid):
         raise DitAccelError(f"plan takes a grid such as TokenGrid(frames=4, height=8, width=8); got {grid!r}.")
-    chosen = get_method(method)
+    name, settings = parse_method(method) if isinstance(method, str) else (method, {})
+    chosen = get_method(name)
     with building():
-        return chosen.plan(grid, ramps.of_all_steps(make_config(method, config), "A plan"))
+        return chosen.plan(grid, ramps.of_all_steps(make_config(name, settings | config), "A plan"))
 
 
 def fields_of(kind: type) -> list[dataclasses.Field[Any]]:

@@ -228,7 +228,7 @@ def test_the_report_counts_and_explains(tiny_wan, wan_inputs):
         "12 sparse and 18 dense",
         "grid 5x7x9",
         f"6 sparse at density {density:.4f} (portable: the first choice on cpu)",
-        "layers 1: 10 dense",
+        "layer 1: 10 dense",
     ):
         assert part in text
     assert str(accel.report()) == text, "the report stays after remove()"

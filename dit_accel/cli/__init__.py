@@ -4,6 +4,8 @@ import shutil
 import textwrap
 from collections.abc import Iterable
 
+BROKEN = 1  # the exit status where what was asked does not hold: a limit, a target, whether weights fit
+
 
 class Interrupted(Exception):
     """Ctrl-C in a verb that knows what became of its work, which is the message."""

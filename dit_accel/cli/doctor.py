@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dit_accel.cli import show_lines
+from dit_accel.cli import BROKEN, show_lines
 from dit_accel.cli.options import JsonOptions, command
 from dit_accel.errors import DitAccelError
 from dit_accel.generation.provenance import free_memory
@@ -76,6 +76,8 @@ class Finding:
 def doctor(typed: dict[str, Any]) -> int:
     """Report what would run here, what is missing, and how to install it.
 
+    The exit status is 1 if --model does not fit into memory, or --load cannot be used or does not fit --model.
+
     Example: dit-accel doctor --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
     """
     from dit_accel.generation.setup import placement
@@ -84,20 +86,23 @@ def doctor(typed: dict[str, Any]) -> int:
     device, dtype = placement(options.device, "auto", "none")
     kernels = _kernels(device, dtype)
     others = [_compiler(device), *(_package(*row) for row in PACKAGES)]
+    checked = []
     if options.model is not None:
-        others.append(_memory(options.model, options.revision, device, dtype))
+        checked.append(_memory(options.model, options.revision, device, dtype))
     if options.load is not None:
-        others.append(_weights(options.load, options.settings, options.model, options.revision))
+        checked.append(_weights(options.load, options.settings, options.model, options.revision))
+    others += checked
+    status = 0 if all(finding.works for finding in checked) else BROKEN
     if options.json:
         typer.echo(json.dumps([dataclasses.asdict(finding) for finding in (*kernels, *others)], indent=2))
-        return 0
+        return status
     typer.echo(f"{device}, {str(dtype).removeprefix('torch.')}")
     for finding in (*kernels, *others):
         show_lines([f"  {'yes' if finding.works else 'no':4}{finding.subject}: {finding.detail}"], hang=4)
         if finding.remedy is not None:
             typer.echo(f"      {finding.remedy}")
     show_lines([_verdict(device, kernels, others)])
-    return 0
+    return status
 
 
 def _kernels(device: torch.device, dtype: torch.dtype) -> list[Finding]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
 
-from dit_accel.cli import Interrupted
+from dit_accel.cli import BROKEN, Interrupted
 from dit_accel.cli.options import command
 from dit_accel.errors import DitAccelError
 from dit_accel.eval.request import EvalRequest
@@ -24,7 +24,6 @@ from dit_accel.generation.request import (
 from dit_accel.pipelines.levels import LEVELS
 from dit_accel.values import option
 
-BROKEN = 1  # the exit status where a limit does not hold
 SHOWN = 2  # metrics in the terminal; the report has all
 
 if TYPE_CHECKING:

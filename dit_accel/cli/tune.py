@@ -6,8 +6,8 @@ from typing import Any
 
 import typer
 
-from dit_accel.cli import Interrupted
-from dit_accel.cli.eval import BROKEN, goes_on, show
+from dit_accel.cli import BROKEN, Interrupted
+from dit_accel.cli.eval import goes_on, show
 from dit_accel.cli.options import command
 from dit_accel.tune.request import TuneRequest
 

@@ -155,7 +155,7 @@ def call_arguments(
 
 
 def parameters(kind: type, inputs: Iterable[str]) -> Mapping[str, inspect.Parameter]:
-    """The arguments of a pipeline's call, annotated with types; `given` as in `modular.parameters`."""
+    """The arguments of a pipeline's call, annotated with types; `inputs` as in `modular.parameters`."""
     if modular.is_modular(kind):
         return modular.parameters(kind, inputs)
     hints: dict[str, Any] = {}

@@ -156,8 +156,8 @@ class Report:
         lines += [f"  {text}" for text in (*self._grid_lines(), *self._step_lines())]
         for transformer, count in self.calls.items():
             layers = [layer for layer in self.layers if layer.transformer == transformer]
-            lines.append(f"  {transformer}: {len(layers)} layers, {count} calls")
-            lines += [f"    layers {span}: {text}" for span, text in _grouped(layers)]
+            lines.append(f"  {transformer}: {len(layers)} layers, {count} {'call' if count == 1 else 'calls'}")
+            lines += [f"    {'layers' if '-' in span else 'layer'} {span}: {text}" for span, text in _grouped(layers)]
         lines += [] if self.cache is None else [f"  {line}" for line in self.cache.lines()]
         lines += [f"  {transformer}: {traffic}" for transformer, traffic in self.traffic.items()]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])

@@ -231,7 +231,7 @@ def attention(
     """Attention as `plan` says, differentiable in q, k and v.
 
     Args:
-        q, k, v: [B, H, N, D] with N = plan.grid.tokens, floating point, any strides. Grouped heads are repeated.
+        q, k, v: [B, H, N, D] with N = plan.grid.tokens, floating point, any strides. Grouped heads are refused.
         plan: from `plan`.
         scale: factor of the logits; D ** -0.5 if None.
         text_lens: int [B], valid text tokens of each sample; text behind them is never a key. None: all of them.

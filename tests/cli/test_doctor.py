@@ -92,6 +92,14 @@ def test_memory_of_a_model_from_its_settings_alone(cli, monkeypatch):
     monkeypatch.setattr(doctor, "free_memory", lambda device: sum(wanted.values()) - 1)
     short = findings(cli, "--model", "demo")["demo"]
     assert (short["works"], short["remedy"]) == (False, "--dtype bfloat16")
+    assert cli("doctor", "--device", "cpu", "--model", "demo").status == 1
+
+
+def test_weights_that_cannot_be_used(cli, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"damaged")
+    assert not findings(cli, "--load", weights)[f"weights {weights}"]["works"]
+    assert cli("doctor", "--device", "cpu", "--load", weights).status == 1
 
 
 def test_memory_of_a_part_that_a_pipeline_has_for_itself(tmp_path):

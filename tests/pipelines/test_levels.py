@@ -127,6 +127,8 @@ def test_a_level_is_of_a_pipeline_and_takes_a_size_alone(wan_folder, tiny_wan):
         dit_accel.accelerate(pipe, tau=1.5)
     with pytest.raises(DitAccelError, match=names("steps 0")):
         dit_accel.accelerate(pipe, "fast", steps=0)
+    with pytest.raises(DitAccelError, match=names("Fast faithful balanced fast")):
+        dit_accel.accelerate(pipe, "Fast")
     with pytest.raises(DitAccelError, match=names("WanTransformer3DModel balanced sol")):
         dit_accel.accelerate(tiny_wan())
     with dit_accel.accelerate(pipe, "faithful", frames=9, height=32, width=48, dense_layers=1) as accel:

@@ -49,6 +49,14 @@ def test_planning_120_000_tokens_takes_under_50_ms(method, config):
     assert within(0.05, planned)
 
 
+def test_a_method_with_settings_as_one_types_them():
+    grid = TokenGrid(4, 8, 8)
+    typed = dit_accel.plan("gna:window=2x4x4,stride=1", grid, stride=(2, 4, 4))
+    assert typed.config == dit_accel.plan("gna", grid, window=(2, 4, 4), stride=(2, 4, 4)).config
+    with pytest.raises(DitAccelError, match="tau"):
+        dit_accel.plan("gna:tau=1", grid)
+
+
 def test_the_plan_has_the_last_word_on_order():
     plan = dit_accel.plan("gna", TokenGrid(4, 8, 8), window=(2, 4, 4), stride=(2, 4, 4))
     chosen = plan.block_mask(block_q=32, block_k=32)
