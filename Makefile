@@ -33,12 +33,13 @@ INTERPRETED := tests/kernels/block_sparse/test_triton.py tests/kernels/block_spa
 BIN := $(VENV)/bin
 PACKAGE := $(VENV)/.package
 INSTALLED := $(VENV)/.installed
+EDITABLE := .
 # pip would compile every module, which is over a third of its time; Python compiles those that are imported, once.
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile --constraint $(VENV)/constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check docs support kernels bench eval clean
+.PHONY: help install demo test check lint types layout docs support kernels bench eval clean
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -55,11 +56,13 @@ $(PACKAGE): pyproject.toml constraints.txt
 	grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
 	$(PIP_INSTALL) torch setuptools wheel
 	$(BIN)/python -m pip show --quiet triton 2>/dev/null || cp constraints.txt $(VENV)/constraints.txt
-	$(PIP_INSTALL) --no-build-isolation --editable .
-	@touch $@
+	$(PIP_INSTALL) --no-build-isolation --editable '$(EDITABLE)'
+	@echo '$(EDITABLE)' > $@
 
+# On a fresh machine the rule above installs the extras too, in one go.
+$(INSTALLED): EDITABLE := .[dev]
 $(INSTALLED): $(PACKAGE)
-	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	grep -qF '$(EDITABLE)' $(PACKAGE) || $(PIP_INSTALL) --no-build-isolation --editable '$(EDITABLE)'
 	@touch $@
 
 demo: $(PACKAGE)
@@ -90,11 +93,17 @@ $(OLDEST): | $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --target $@-new triton==$(OLDEST_TRITON)
 	mv $@-new $@
 
-check: $(INSTALLED)
+check: lint types layout
+
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_layout.py
+
+layout: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m 'not timing' tests/test_layout.py
 
 # The variable silences an announcement of the theme's authors.
 docs: $(INSTALLED)
