@@ -21,7 +21,7 @@ from dit_accel.pipelines.targets import find_transformers
 from dit_accel.setting import Setting
 from dit_accel.train import card
 from dit_accel.train.data import Dataset, write
-from dit_accel.train.processes import check_tracker, reserved
+from dit_accel.train.processes import check_tracker, mixed_precision, reserved
 from dit_accel.train.request import CLIPS, GENERATED, TrainRequest
 from dit_accel.train.settings import INDEX
 from dit_accel.train.state import LOSSES, read_losses
@@ -61,7 +61,8 @@ def run(request: TrainRequest) -> list[str]:
     size = {"height": shape[1], "width": shape[2]} | ({"num_frames": shape[0]} if sizes.video else {})
     _check_output(request)
     device = processes.device if run.device == "auto" else placement(run.device, "float32", "none")[0]
-    frozen = request.train.rank > 0 and request.train.precision == "bf16" and device.type == "cuda"
+    precision = mixed_precision(request.train.precision, device)
+    frozen = request.train.rank > 0 and precision == "bf16" and device.type == "cuda"
     folder = pathlib.Path(request.data.source) if request.data.prepared else run.output / "data"
     with reserved(run.output, processes.is_main_process):
         pipe = sources.load(source, torch.bfloat16 if frozen else torch.float32, device)
@@ -109,7 +110,7 @@ def _check_memory(pipe: DiffusionPipeline, request: TrainRequest, tokens: int, d
     from dit_accel.train.loop import least_memory
 
     settings, transformers = request.train, list(find_transformers(pipe)[0].values())
-    parts = least_memory(*transformers[0], settings, tokens)
+    parts = least_memory(*transformers[0], settings, tokens, device)
     free = free_memory(device)
     if sum(parts.values()) > free:
         worst = max(parts, key=lambda flag: parts[flag])

@@ -34,7 +34,7 @@ from dit_accel.train.networks import TrainingNetworks, expanded
 from dit_accel.train.objectives import NEEDS_TEACHER, losses
 from dit_accel.train.prepare import Preparer, find_transformer
 from dit_accel.train.process import LevelSegments, process_of
-from dit_accel.train.processes import StopSignal, join, reserved
+from dit_accel.train.processes import StopSignal, join, mixed_precision, reserved
 from dit_accel.train.settings import TrainSettings
 from dit_accel.train.state import Validation
 
@@ -87,7 +87,9 @@ def lora_targets(transformer: nn.Module, family: Family, settings: TrainSettings
     return [name for name in linear if f".{name}".endswith(ends)]
 
 
-def least_memory(transformer: nn.Module, family: Family, settings: TrainSettings, tokens: int) -> dict[str, int]:
+def least_memory(
+    transformer: nn.Module, family: Family, settings: TrainSettings, tokens: int, device: torch.device
+) -> dict[str, int]:
     """Bytes that a run takes at least besides the model, by option; checkpointing does not lower it.
 
     The LoRA has weights, gradients and AdamW's two moments in float32. The backward pass needs each layer's input.
@@ -101,7 +103,7 @@ def least_memory(transformer: nn.Module, family: Family, settings: TrainSettings
     width = max((module.in_features for module in linear), default=0)
     layers = sum(1 for _ in family.attentions(transformer))
     lora = settings.rank if settings.trains_model else 0
-    half = 2 if settings.precision != "no" else 4
+    half = 2 if mixed_precision(settings.precision, device) != "no" else 4
     return {"--rank": 4 * 4 * lora * sides, "--batch": half * settings.batch * layers * tokens * width}
 
 
@@ -120,6 +122,7 @@ class Trainer:
         settings, shape = self.settings, self.data[0].latents.shape
         self.transformer = find_transformer(self.pipe)
         self.hf = join(settings, self.output)
+        self.settings = settings = dataclasses.replace(settings, precision=self.hf.mixed_precision)
         self.order = Order(self.data.kinds(), settings.batch, settings.seed)
         self.process = process_of(self.pipe.scheduler, shape)
         self.segments: LevelSegments | None = None

@@ -9,12 +9,15 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dit_accel.errors import DitAccelError
 from dit_accel.files import hold
 from dit_accel.generation.processes import meet
 from dit_accel.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_tracker(name: str | None) -> None:
@@ -38,17 +41,35 @@ def reserved(output: pathlib.Path, main: bool) -> Iterator[None]:
         yield
 
 
+def mixed_precision(precision: str, device: torch.device) -> str:
+    """The precision of a run on `device`: "auto" is "bf16" where it has instructions for that, and else "no".
+
+    PyTorch also computes bf16 on other processors, but converts at every operation: training takes several times as
+    long as in float32.
+    """
+    import torch
+
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bf16" if native else "no"
+
+
 def join(settings: TrainSettings, output: pathlib.Path) -> Any:
     """Hugging Face's `Accelerator` for a run, whose trackers write to `output`; what cannot be held is refused."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import DistributedType, parse_flag_from_env
 
     check_tracker(settings.tracker)
-    meet()
+    device = meet().device
     # a loss on attention outputs alone gives weights behind the last recorded layer no gradient
     whole = {"flow", "teacher", "final", "consistency"} & settings.objectives.keys()
     hf = Accelerator(
-        mixed_precision=settings.precision,
+        mixed_precision=mixed_precision(settings.precision, device),
         gradient_accumulation_steps=settings.accumulation,
         log_with=settings.tracker,
         project_dir=output,

@@ -129,7 +129,9 @@ class TrainSettings:
         below=1,
         typed=False,
     )
-    precision: Literal["no", "bf16", "fp16"] = option("no", "Mixed precision; no is float32.")
+    precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "no", "Mixed precision; no is float32, and auto is bf16 where the device has instructions for it, else no."
+    )
     checkpointing: bool = option(False, "Recompute activations in the backward pass.", typed=False)
     seed: int = option(0, "Seed of data order and noise.", least=0, most=MOST_SEED)
     save_every: int = option(500, "Steps between checkpoints.", least=1)
