@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import importlib.util
+import multiprocessing
 import os
 import pathlib
 import shutil
@@ -177,6 +178,16 @@ def cli(capsys):
         return Outcome(stop.value.code, printed.out, printed.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def starter():
+    """Starts processes that are forked from one which has imported what is slow to import."""
+    context = multiprocessing.get_context("forkserver")
+    libraries = "diffusers.pipelines.wan.pipeline_wan transformers.models.umt5.modeling_umt5 torchmetrics.image"
+    package = "dit_accel.cli.app dit_accel.eval.quality dit_accel.checkpoint.load matplotlib.backends.backend_agg"
+    context.set_forkserver_preload([*libraries.split(), *package.split()])
+    return context
 
 
 @pytest.fixture(scope="session")

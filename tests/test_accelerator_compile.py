@@ -67,7 +67,14 @@ def test_through_accelerate_remove_and_accelerate_again(family, model):
         assert counter.frame_count - before <= 1
 
 
-@pytest.mark.parametrize(("family", "method", "config"), [(f, *case) for f, cases in CASES.items() for case in cases])
+@pytest.mark.parametrize(
+    ("family", "method", "config"),
+    [
+        pytest.param(family, *case, marks=[pytest.mark.thorough] if (family, case[0]) == ("flux", "gna") else [])
+        for family, cases in CASES.items()
+        for case in cases
+    ],
+)
 def test_one_graph_and_a_second_for_dense_steps(family, method, config, model):
     transformer, inputs = model(family)
     dense = run(transformer, inputs)
@@ -189,7 +196,7 @@ MANY_SIZES = [
     pytest.param(
         "wan", "sla", {"topk": 0.3, "block": 16}, "blocks", "inductor", True, True, marks=pytest.mark.thorough
     ),
-    ("wan", "gna", PART, "whole", "inductor", None, False),
+    pytest.param("wan", "gna", PART, "whole", "inductor", None, False, marks=pytest.mark.thorough),
     ("flux", "sparge", {"topk": 0.3, "block": 16, "block_q": 16}, "whole", "aot_eager", True, False),
     ("minimax_h3", "rectified", {"block": 16, "block_q": 16}, "whole", "aot_eager", True, False),
     pytest.param(

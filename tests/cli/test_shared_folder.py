@@ -2,12 +2,10 @@
 
 import collections
 import json
-import multiprocessing
-import os
 import signal
-import socket
 
 import kills
+import launching
 import pytest
 
 PROMPTS = ["a red square", "a blue circle", "a green triangle", "a white star", "a yellow square", "a red circle"]
@@ -19,8 +17,7 @@ def command(arguments, rank, port, folder, killed, reads):
     """`dit-accel` as one of four processes, in a process of its own."""
     from dit_accel.cli.app import main
 
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+    launching.take_place(rank, 4, port)
     if killed:
         kills.die_before(folder, *killed)
     if reads:
@@ -28,23 +25,10 @@ def command(arguments, rank, port, folder, killed, reads):
     main([str(argument) for argument in arguments])
 
 
-@pytest.fixture(scope="module")
-def starter():
-    """Starts processes that are forked from one which has imported what is slow to import."""
-    context = multiprocessing.get_context("forkserver")
-    libraries = "diffusers.pipelines.wan.pipeline_wan transformers.models.umt5.modeling_umt5 torchmetrics.image"
-    package = "dit_accel.cli.app dit_accel.eval.quality dit_accel.checkpoint.load matplotlib.backends.backend_agg"
-    context.set_forkserver_preload([*libraries.split(), *package.split()])
-    return context
-
-
 @pytest.fixture
 def start(starter):
     """Starts a rank; it is killed before a write below the folder, or may only read it, if asked."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
+    port, started = launching.free_port(), []
 
     def run(rank, arguments, folder, killed=(), reads=False):
         process = starter.Process(target=command, args=(arguments, rank, port, folder, killed, reads))

@@ -1,12 +1,10 @@
 """A sweep that is killed again and again ends with the results of one that was not."""
 
 import json
-import multiprocessing
 import random
 import signal
 
 import kills
-import pytest
 
 from dit_accel.eval import quality
 from dit_accel.eval.request import EvalRequest
@@ -37,16 +35,6 @@ def figures(output):
     summary = json.loads((output / "summary.json").read_text())
     scores = [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
     return scores, [(row["label"], row["density"], row["figures"]) for row in summary["rows"]]
-
-
-@pytest.fixture(scope="module")
-def starter():
-    """Starts processes that are forked from one which has imported what is slow to import."""
-    context = multiprocessing.get_context("forkserver")
-    libraries = "diffusers.pipelines.wan.pipeline_wan transformers.models.umt5.modeling_umt5 torchmetrics.image"
-    package = "dit_accel.eval.quality dit_accel.checkpoint.load matplotlib.backends.backend_agg"
-    context.set_forkserver_preload([*libraries.split(), *package.split()])
-    return context
 
 
 def test_kills_lose_nothing(starter, wan_folder, tmp_path):

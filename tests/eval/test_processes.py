@@ -1,13 +1,11 @@
 """The same command on two processes gives the same figures as on one."""
 
+import contextlib
 import json
-import os
-import subprocess
-import sys
 
+import launching
 import numpy as np
 import pytest
-from launching import TWO_PROCESSES
 
 from dit_accel.generation import output
 
@@ -30,26 +28,30 @@ def arguments(wan_folder, clip_folder, tmp_path):
     return [str(option) for option in options]
 
 
-def launch(root, arguments) -> str:
-    """Two processes; gives what they print."""
-    done = subprocess.run(
-        [sys.executable, *TWO_PROCESSES, "-m", "dit_accel", *arguments],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def evaluate(arguments, rank, port, printed):
+    """`dit-accel` as one of two processes, which prints into a file."""
+    from dit_accel.cli.app import main
+
+    launching.take_place(rank, 2, port)
+    with printed.open("w") as stream, contextlib.redirect_stdout(stream):
+        main(arguments)
 
 
-def test_two_gloo_processes(root, cli, arguments, tmp_path):
+def test_two_gloo_processes(starter, cli, arguments, tmp_path):
     alone, together = tmp_path / "one", tmp_path / "two"
     outcome = cli(*arguments, "--output", alone)
     assert outcome.status == 0, outcome.err
-    printed = launch(root, [*arguments, "--output", str(together)])
-    assert printed.count("report:") == 1
+    port, printed = launching.free_port(), [tmp_path / f"{rank}.txt" for rank in range(2)]
+    processes = [
+        starter.Process(target=evaluate, args=([*arguments, "--output", str(together)], rank, port, printed[rank]))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert sum(path.read_text().count("report:") for path in printed) == 1
     rows, summaries = [], []
     for folder in (alone, together):
         lines = (folder / "results.jsonl").read_text().splitlines()

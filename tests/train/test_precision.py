@@ -42,7 +42,7 @@ def test_this_processor_is_known():
 
 def test_a_run_records_what_it_took(trained, monkeypatch):
     """So that it does not go on in another precision on another machine without a word."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     trained(steps=1, precision="auto")
     AcceleratorState._reset_state()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})

@@ -62,7 +62,11 @@ CASES = {
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [("ragged", torch.float32), ("tiles-text-first", torch.bfloat16), ("heads-partial", torch.float32)],
+    [
+        ("ragged", torch.float32),
+        pytest.param("tiles-text-first", torch.bfloat16, marks=pytest.mark.thorough),
+        pytest.param("heads-partial", torch.float32, marks=pytest.mark.thorough),
+    ],
 )
 def test_compiled_output(make_problem, case, dtype):
     """Few cases: each is compiled, which takes seconds."""
