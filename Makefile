@@ -1,6 +1,6 @@
 # make demo   two videos of one prompt and seed, dense and accelerated, with times and likeness
 # make test   the test suite          make check   lint, types, layout
-# make kernels  every Triton kernel compiled for five architectures by two Tritons, no GPU needed, as JSON rows
+# make kernels  every Triton kernel that changed, compiled for five architectures by two Tritons, no GPU needed, as JSON rows
 # make support  the table of what is tested together (dit_accel/pipelines/SUPPORT.md), from the tests' results
 # make bench  the attention methods against dense attention on this machine, as JSON rows
 # make docs   the manual, into outputs/manual; without the network, and without a warning or a broken link
@@ -18,10 +18,13 @@ PYTEST_FLAGS ?=
 TESTS ?= not timing and not thorough
 # Neighbouring tests share models and fixtures, so a process gets whole files, and takes some of another's when idle.
 PARALLEL := -n auto --dist worksteal
-KERNELS_FLAGS ?=
-# The oldest Triton that pyproject.toml takes compiles two builds a kernel; OLDEST_FLAGS=--all compiles all.
+# Builds whose source has not changed since they were recorded are not compiled again; RECORD= compiles all.
+RECORD ?= tools/kernels/builds.jsonl
+RECORD_FLAGS := $(if $(RECORD),--record $(RECORD))
+KERNELS_FLAGS ?= $(RECORD_FLAGS)
+# The oldest Triton that pyproject.toml takes compiles two builds a kernel; OLDEST_FLAGS=--all compiles all of them.
 OLDEST_TRITON := 3.6.0
-OLDEST_FLAGS ?= --few
+OLDEST_FLAGS ?= --few $(RECORD_FLAGS)
 OLDEST := $(VENV)-triton-$(OLDEST_TRITON)
 # Triton reads its interpreter's switch when it is imported, so these tests have a process of their own.
 INTERPRETED := tests/kernels/block_sparse/test_triton.py tests/kernels/block_sparse/test_triton8.py \

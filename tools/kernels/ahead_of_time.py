@@ -1,9 +1,10 @@
 """Compile every Triton kernel for GPUs that need not be present, and print the resources of each build.
 
-    python -m tools.kernels.ahead_of_time [--arch 90 ...] [--kernel NAME ...] [--all|--few] [--loops]
+    python -m tools.kernels.ahead_of_time [--arch 90 ...] [--kernel NAME ...] [--all|--few] [--loops] [--record FILE]
 
 For each kernel, builds are chosen until every pair of settings occurs in one of them; the architecture is a setting.
 ``--arch`` with one architecture covers the pairs there; ``--all`` compiles every combination, ``--few`` two a kernel.
+``--record`` takes the rows of builds whose source has not changed from a file, and writes all rows to it.
 The configurations are those of the table that the launcher and the autotuner read.
 
 One JSON line a build: kernel, arch, dtype, config, registers, spill_bytes, spills_in_loops (instructions in loops that
@@ -27,8 +28,8 @@ The exit status is 1 if
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -44,6 +45,7 @@ from typing import Any, NamedTuple
 
 from dit_accel.kernels.block_sparse.triton_configs import SHARED_BYTES
 from dit_accel.kernels.jit import like_record
+from tools.kernels.record import Record, key_of
 
 ARCHS = (80, 89, 90, 100, 120)
 CONSUMER = (86,)  # besides; only some kernels are compiled for it
@@ -196,10 +198,8 @@ def few(jobs: Sequence[tuple[Build, int, str]], number: int) -> list[tuple[Build
     return sorted(hopper, key=lambda job: job[0].warps)[-1:] + other[-(number % 2) :][:1]
 
 
-def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> dict[str, Any]:
-    """Compile a build and read its resources, with `loops` those of its loops too; see `loops_of`."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def source_of(build: Build, arch: int, dtype: str) -> tuple[Any, dict[str, Any], str]:
+    """What Triton compiles, the compiler's options, and the key of `record.Record`."""
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -217,12 +217,18 @@ def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> d
     options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": True}
     if build.registers is not None:
         options["maxnreg"] = build.registers
-    source = GluonASTSource if function.is_gluon() else ASTSource
-    compiled = triton.compile(
-        source(function, signature, constexprs=values, attrs=attributes),
-        target=GPUTarget("cuda", arch, 32),
-        options=options,
-    )
+    kind = GluonASTSource if function.is_gluon() else ASTSource
+    source = kind(function, signature, constexprs=values, attrs=attributes)
+    return source, options, key_of(metadata.version("triton"), source, options, arch)
+
+
+def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> dict[str, Any]:
+    """Compile a build and read its resources, with `loops` those of its loops too; see `loops_of`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source, options, _ = source_of(build, arch, dtype)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     text = _dump(compiled.asm["cubin"], "-res-usage", *(["-sass"] if build.dots or loops else []))
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     row = {
@@ -350,8 +356,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every combination of settings")
     parser.add_argument("--few", action="store_true", help="two builds a kernel: on 9.0, and on another in turn")
     parser.add_argument("--loops", action="store_true", help="count the instructions of loops, too")
+    parser.add_argument("--record", type=pathlib.Path, help="take and keep the rows of unchanged builds in this file")
     options = parser.parse_args(arguments)
-    jobs: list[tuple[Build, int, str, bool]] = []
+    if options.record and (options.loops or options.kernel or len(options.arch) + len(options.dtype) < 8):
+        parser.error("--record is for all kernels, architectures and dtypes, without --loops. Leave it out.")
+    jobs: list[tuple[Build, int, str]] = []
     failures = 0
     kernels: dict[str, list[tuple[Build, int, str]]] = {}
     for arch in options.arch:
@@ -368,17 +377,17 @@ def main(arguments: list[str] | None = None) -> int:
             kernels.setdefault(build.kernel, []).extend((build, arch, dtype) for dtype in dtypes)
     for number, candidates in enumerate(kernels.values()):
         chosen = candidates if options.all else few(candidates, number) if options.few else covering(candidates)
-        jobs += [(*job, options.loops) for job in chosen]
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-        rows = pool.map(compile_build, *zip(*jobs, strict=True), chunksize=4)
-        for (build, arch, dtype, _), row in zip(jobs, rows, strict=True):
-            may = allowed(build, arch)
-            print(json.dumps(row | ({"allowed": may.reason} if may.reason else {})), flush=True)
-            trouble = complaint(row, SHARED_BYTES[arch], build.dots, may)
-            if trouble:
-                failures += 1
-                print(f"{build.kernel} sm_{arch} {dtype} {build.config}: {trouble}", file=sys.stderr)
-    print(f"Triton {metadata.version('triton')}: {len(jobs)} builds, {failures} failed", file=sys.stderr)
+        jobs += chosen
+    version, keys = metadata.version("triton"), [source_of(*job)[2] for job in jobs]
+    rows = Record(options.record).rows(version, keys, jobs, functools.partial(compile_build, loops=options.loops))
+    for (build, arch, dtype), row in zip(jobs, rows, strict=True):
+        may = allowed(build, arch)
+        print(json.dumps(row | ({"allowed": may.reason} if may.reason else {})), flush=True)
+        trouble = complaint(row, SHARED_BYTES[arch], build.dots, may)
+        if trouble:
+            failures += 1
+            print(f"{build.kernel} sm_{arch} {dtype} {build.config}: {trouble}", file=sys.stderr)
+    print(f"Triton {version}: {len(jobs)} builds, {failures} failed", file=sys.stderr)
     return int(failures > 0)
 
 
