@@ -92,7 +92,8 @@ class GenerateJob:
         )
         runs = {}
         if request.compare:
-            for candidate in (self.candidate, Candidate()) if dense is None else (self.candidate,):
+            pair = (self.candidate, Candidate()) if dense is None else (self.candidate,)
+            for candidate in pair[1:] if self.candidate.computes_densely and not request.compile else pair:
                 values = dense_arguments if candidate.setting is None else arguments
                 setup.warm_up(pipe, values, candidate, whole=request.compile)  # so that lazy set-up is not timed
             if dense is None:

@@ -104,6 +104,11 @@ class Candidate:
         return DENSE if self.setting is None else self.setting.method
 
     @property
+    def computes_densely(self) -> bool:
+        """Whether each step that it computes is one of the untouched pipeline, as with a step cache alone."""
+        return self.setting is None or (self.folder is None and self.without_schedule().setting == Setting.make(DENSE))
+
+    @property
     def layered(self) -> bool:
         """Whether layers have settings of their own."""
         return self.setting is not None and self.setting.layers is not None

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dit_accel import __version__, files
 from dit_accel.cli import job
+from dit_accel.generation import setup
 from dit_accel.hooks.report import NOTHING_GAINED
 from dit_accel.pipelines.demo import clips
 
@@ -35,6 +36,29 @@ def test_compare(cli, demo, tmp_path, method):
     assert (record["report"]["sparse_calls"], record["report"]["dense_calls"]) == (4, 0)
     speedup = f"{record['comparison']['speedup']:.2f}"
     assert says(outcome.out, tmp_path / "a-compare.mp4", "PSNR", "dB", "SSIM", speedup)
+
+
+@pytest.mark.parametrize(
+    ("setting", "warmed"),
+    [
+        (["--method", "gna:window=0.5", "--cache", "mag:threshold=0.1"], ["gna", "dense"]),
+        (["--method", "dense", "--cache", "mag:threshold=0.1"], ["dense"]),
+        (["--method", "dense", "--dense-backend", "auto"], ["dense", "dense"]),
+    ],
+    ids=["method", "cache alone", "back end"],
+)
+def test_what_is_warmed_up(setting, warmed, cli, demo, tmp_path, monkeypatch):
+    """Each kind of step once: the computed steps of a cache alone are those of the dense run."""
+    candidates, warm_up = [], setup.warm_up
+
+    def note(pipe, arguments, candidate, **options):
+        candidates.append(candidate.method)
+        warm_up(pipe, arguments, candidate, **options)
+
+    monkeypatch.setattr(setup, "warm_up", note)
+    outcome = cli("generate", *SMALL, *setting, "--compare", "--output", tmp_path / "a.gif")
+    assert outcome.status == 0, outcome.err
+    assert candidates == warmed
 
 
 def test_dense_compared_with_itself_is_identical(cli, demo, tmp_path):
