@@ -78,7 +78,7 @@ def run(request: GenerateRequest) -> None:
                 prompt = outputs[path].prompt
                 if warning := prepared.warning(prompt):
                     typer.echo(f"{path}: {warning}", err=True)
-                lines = prepared.make(pipe, outputs[path])
+                lines = prepared.make(pipe, outputs[path], warm=count > 0)
                 if lines[-1] == NOTHING_GAINED:
                     typer.echo(f"{path}: {NOTHING_GAINED}", err=True)
                 count += 1

@@ -78,6 +78,8 @@ class GenerateJob:
         request: GenerateRequest,
         dense: TimedOutput | None = None,
         progress: Progress | None = None,
+        *,
+        warm: bool = False,
     ) -> tuple[dict[str, TimedOutput], Report]:
         """The outputs "dense", if it is compared, and "accelerated", with the report of the latter.
 
@@ -86,14 +88,17 @@ class GenerateJob:
         Args:
             dense: an earlier dense output of the same call, in place of a new one.
             progress: as in `sample`.
+            warm: the pipeline has made such an output before; what is compiled is warmed up nevertheless.
         """
         arguments, dense_arguments = (
             values | {"prompt": request.prompt} for values in (self.arguments, self.dense_arguments)
         )
         runs = {}
         if request.compare:
-            pair = (self.candidate, Candidate()) if dense is None else (self.candidate,)
-            for candidate in pair[1:] if self.candidate.computes_densely and not request.compile else pair:
+            pair: tuple[Candidate, ...] = (self.candidate, Candidate()) if dense is None else (self.candidate,)
+            if not request.compile:
+                pair = () if warm else pair[1:] if self.candidate.computes_densely else pair
+            for candidate in pair:
                 values = dense_arguments if candidate.setting is None else arguments
                 setup.warm_up(pipe, values, candidate, whole=request.compile)  # so that lazy set-up is not timed
             if dense is None:
@@ -103,13 +108,13 @@ class GenerateJob:
             runs["accelerated"] = sample(pipe, arguments, request.seed, self.candidate.title, self.device, progress)
         return runs, accel.report()
 
-    def make(self, pipe: DiffusionPipeline, request: GenerateRequest) -> list[str]:
+    def make(self, pipe: DiffusionPipeline, request: GenerateRequest, *, warm: bool = False) -> list[str]:
         """Generate one output and write its files, all or none. Lines for people: the files, times and likeness.
 
-        The request differs from the job's only in prompt and output.
+        The request differs from the job's only in prompt and output; `warm` as in `run`.
         """
         arguments = self.arguments | {"prompt": request.prompt}
-        runs, report = self.run(pipe, request)
+        runs, report = self.run(pipe, request, warm=warm)
         title = self.candidate.title
         path = request.output or self.output
         if runs["accelerated"].sound:

@@ -9,6 +9,8 @@ import pytest
 from launching import TWO_PROCESSES
 from messages import says
 
+from dit_accel.generation import sampling
+
 SMALL = ("--frames", 5, "--height", 32, "--width", 48, "--steps", 2, "--method", "gna:window=0.5")
 PROMPTS = ["a red square", "a blue circle", "a green triangle", "", "ein gelber Stern ★", "a red square"]
 LISTED = [prompt for prompt in PROMPTS if prompt]
@@ -49,6 +51,19 @@ def test_each_prompt_is_made_as_alone(cli, demo, prompts, tmp_path):
     record = json.loads((folder / "shot-0003.json").read_text())
     assert record["call"]["prompt"] == LISTED[3]
     assert (record["report"]["sparse_calls"], record["report"]["dense_calls"]) == (4, 0)
+
+
+def test_the_first_prompt_warms_up_for_all(cli, demo, prompts, tmp_path, monkeypatch):
+    steps, call = [], sampling.call
+
+    def note(pipe, arguments, *seeds, **seed):
+        steps.append(arguments["num_inference_steps"])
+        return call(pipe, arguments, *seeds, **seed)
+
+    monkeypatch.setattr(sampling, "call", note)
+    outcome = cli("generate", *SMALL, "--prompts", prompts, "--compare", "--output", tmp_path / "shot.gif")
+    assert outcome.status == 0, outcome.err
+    assert steps == [1, 1] + [2, 2] * len(LISTED)
 
 
 def test_again_makes_only_what_is_missing(cli, demo, prompts, tmp_path):
