@@ -9,6 +9,11 @@ from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.tokens import TokenGrid
 
 
+def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
+    """x with a distance of 1 between channels, which kernels take for granted; models pass such tensors already."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def visual_of(x: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
     """The visual tokens of [B, H, N, D]: a view, or x itself if all tokens are visual."""
     # autograd copies the gradient of a slice into zeros, even if the slice is the whole tensor

@@ -109,11 +109,6 @@ def tuned(kernel: Any, candidates: tuple[Launch, ...], key: tuple[str, ...]) -> 
     return triton.autotune(configs, key=list(key), cache_results=True)(kernel)
 
 
-def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
-    """x with contiguous rows; models pass such tensors already."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def alignment(*tensors: torch.Tensor) -> int:
     """Elements that divide all strides of tensors [B, H, N, D]: 16 bytes of them, which is one load, or 1."""
     unit = 16 // tensors[0].element_size()

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from layouts import check_layouts
 from messages import names
+from method_settings import in_models
 from yardstick import within
 
 import dit_accel
@@ -148,6 +150,8 @@ def test_attention_is_masked_softmax(method, config, impl):
         torch.testing.assert_close(result, exact, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
+ROUTED_AND_STATIC = {m: s for m, s in in_models().items() if m not in ("agent", "heads", "moh", "proxy", "scaledit")}
+
 SHAPES = {
     "tokens": [(2, 2, 16, 8), (2, 2, 15, 8), (2, 2, 16, 8)],
     "grouped heads": [(2, 2, 16, 8), (2, 1, 16, 8), (2, 1, 16, 8)],
@@ -168,6 +172,12 @@ def test_attention_refuses_other_shapes_alike_in_all_methods(shapes, method):
     plan = dit_accel.plan(method, TokenGrid(1, 4, 4), **config.get(method, {}))
     with pytest.raises(DitAccelError, match=names("q k v batch heads 16 head_dim")):
         dit_accel.attention(*map(torch.zeros, shapes), plan)
+
+
+@pytest.mark.parametrize("method", sorted(ROUTED_AND_STATIC))
+def test_the_strides_do_not_matter(method):
+    grid = TokenGrid(3, 4, 6, text=3, text_first=True)
+    check_layouts(dit_accel.plan(method, grid, **ROUTED_AND_STATIC[method]), "portable")
 
 
 @pytest.mark.parametrize("method", ["dense", "gna"])

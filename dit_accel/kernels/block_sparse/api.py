@@ -25,7 +25,7 @@ from dit_accel.kernels.block_sparse.geometry import (
     empty_rows,
 )
 from dit_accel.kernels.block_sparse.pieces import in_pieces, merged, pieces_of
-from dit_accel.kernels.cuts import visual_of
+from dit_accel.kernels.cuts import contiguous_rows, visual_of
 from dit_accel.kernels.gradients import register_gradients
 from dit_accel.kernels.impls import AUTO, Facts, Impl, Implementation, choose, named
 from dit_accel.order import TokenOrder
@@ -122,6 +122,9 @@ def attend_checked(
     the implementation. Where none is at work, the implementation is called by itself, which saves the host half of the
     time.
     """
+    q, k, v = call[:3]
+    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
+        call = call._replace(q=contiguous_rows(q), k=contiguous_rows(k), v=contiguous_rows(v))
     if chosen.autograd:
         return chosen.load().forward(call)
     followed = torch.compiler.is_compiling() or gradients or traced() or _len_torch_function_stack()

@@ -42,6 +42,7 @@ from dit_accel.kernels.block_sparse.triton_lists import (
 )
 from dit_accel.kernels.block_sparse.triton_places import place_lists
 from dit_accel.kernels.block_sparse.triton_words import partial_words_kernel
+from dit_accel.kernels.cuts import contiguous_rows
 from dit_accel.kernels.records import Heads, Lists, SampleSegments, SegmentRows, Side
 
 JIT = {"forward": block_sparse_fwd_kernel, "dq": block_sparse_bwd_kernel_dq, "dkdv": block_sparse_bwd_kernel_dkdv}
@@ -129,7 +130,7 @@ def backward(
     grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, call: BlockSparseInputs
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, each [B, H, N, D] laid out in memory as [B, N, H, D]."""
-    grad_out = tuning.contiguous_rows(grad_out)
+    grad_out = contiguous_rows(grad_out)
     q, k, v, *_ = call
     launches = BlockSparseLaunches(call, grad_out, out)
     delta = torch.empty_like(lse)

@@ -9,6 +9,7 @@ import triton
 
 from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.triton_configs import LARGEST_BLOCK, Launch
+from dit_accel.kernels.cuts import contiguous_rows
 from dit_accel.kernels.records import Heads, Side
 from dit_accel.kernels.router import triton_configs as configs
 from dit_accel.kernels.router.portable import cell_sizes
@@ -84,7 +85,7 @@ def cell_means(x: torch.Tensor, order: TokenOrder, cells: int, *, unit: bool = F
         means = cell_means(x, order, parts * cells, unit=unit).unflatten(-2, (cells, parts))
         held = cell_sizes(order, parts * cells, x.device).to(means).unflatten(-1, (cells, parts))
         return (held[..., None, :] @ means).squeeze(-2) / held.sum(-1, keepdim=True).clamp(min=1)
-    x = tuning.contiguous_rows(x)
+    x = contiguous_rows(x)
     batch, heads, _, dim = x.shape
     means = x.new_empty(batch, heads, order.visual_blocks, cells, dim, dtype=torch.float32)
     align = tuning.alignment(x)
@@ -101,7 +102,7 @@ def cell_means(x: torch.Tensor, order: TokenOrder, cells: int, *, unit: bool = F
 
 def deviations(x: torch.Tensor, order: TokenOrder) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.deviations`."""
-    x = tuning.contiguous_rows(x)
+    x = contiguous_rows(x)
     batch, heads, _, dim = x.shape
     means, gaps = (x.new_empty(batch, heads, order.visual_blocks, dim, dtype=torch.float32) for _ in range(2))
     align = tuning.alignment(x)

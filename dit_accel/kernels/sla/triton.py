@@ -14,6 +14,7 @@ from dit_accel.kernels import tuning
 from dit_accel.kernels.block_sparse.geometry import Geometry, empty_rows
 from dit_accel.kernels.block_sparse.triton_lists import Transposed, transpose_lists
 from dit_accel.kernels.block_sparse.triton_places import place_lists
+from dit_accel.kernels.cuts import contiguous_rows
 from dit_accel.kernels.records import Heads, Lists, SegmentRows, Side
 from dit_accel.kernels.sla import triton_configs as configs
 from dit_accel.kernels.sla.arguments import results
@@ -95,7 +96,7 @@ def state(
     k: torch.Tensor, v: torch.Tensor, order: TokenOrder, feature_map: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `ops.state`."""
-    k, v = tuning.contiguous_rows(k), tuning.contiguous_rows(v)
+    k, v = contiguous_rows(k), contiguous_rows(v)
     batch, heads, _, dim = k.shape
     split, blocks = configs.SPLIT // order.block, order.visual_blocks
     splits, align = triton.cdiv(blocks, split), tuning.alignment(k, v)
@@ -114,7 +115,7 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, call: FusedArguments, training: bool
 ) -> tuple[torch.Tensor, ...]:
     """See `ops.attend`."""
-    q, k, v = tuning.contiguous_rows(q), tuning.contiguous_rows(k), tuning.contiguous_rows(v)
+    q, k, v = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v)
     batch, heads, _, _ = q.shape
     align, returned = tuning.alignment(q, k, v), results(q, call.critical, call.linear_scope, training)
     out, exact, lse, linear, denominators, modes = returned
@@ -141,11 +142,11 @@ def backward(
     call: FusedArguments,
 ) -> tuple[torch.Tensor, ...]:
     """See `ops.attend_backward`; `saved`: what `forward` returned for training besides the output."""
-    gradient, q, k, v = (tuning.contiguous_rows(x) for x in (gradient, q, k, v))
+    gradient, q, k, v = (contiguous_rows(x) for x in (gradient, q, k, v))
     batch, heads, _, _ = q.shape
     weight, layout = call.weight, call.layout(q, k)
     exact, lse, linear, denominators, modes = saved
-    pulled = tuning.contiguous_rows(gradient @ weight.to(gradient.dtype)) if call.marginal else gradient
+    pulled = contiguous_rows(gradient @ weight.to(gradient.dtype)) if call.marginal else gradient
     align = tuning.alignment(q, k, v, gradient, pulled, exact)
     read = [Heads.of(x, align) for x in (q, k, v, gradient, pulled)]
     constants = call.constants(q, align)

@@ -20,7 +20,7 @@ from dit_accel.kernels.block_sparse.api import (
     visual_call,
 )
 from dit_accel.kernels.block_sparse.geometry import BlockLists, BlockSparseInputs, Geometry, empty_rows
-from dit_accel.kernels.cuts import visual_of
+from dit_accel.kernels.cuts import contiguous_rows, visual_of
 from dit_accel.kernels.gradients import register_gradients
 from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.kernels.tail.ops import attention_with_tail
@@ -76,7 +76,7 @@ def attend_with_tail(
     Raises:
         DitAccelError: a shape does not fit, the lists have tables, or `impl` cannot run here.
     """
-    q, k, v = in_autocast_dtype(q, k, v)
+    q, k, v = (contiguous_rows(x) for x in in_autocast_dtype(q, k, v))
     gradients = gradients_follow(q, k, v)
     facts = Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order, gradients=gradients, lse=True)
     chosen, _ = impls.choose(facts, impl)
@@ -135,7 +135,7 @@ def with_tail(
     Other arguments, results and errors as of `attend_with_tail`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    q, k, v = (visual_of(x, key_order.grid) for x in (q, k, v))
+    q, k, v = (contiguous_rows(visual_of(x, key_order.grid)) for x in (q, k, v))
     geometry = Geometry.of_visual(query_order, key_order)
     call = TailInputs(q, k, v, exact, exact_lse, lists, dropped, geometry, scale)
     _check(call)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_accel.kernels.block_sparse import dense
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, empty_rows
-from dit_accel.kernels.cuts import block_means, to_blocks
+from dit_accel.kernels.cuts import block_means, contiguous_rows, to_blocks
 from dit_accel.kernels.tail.reference import TailInputs, in_tail
 from dit_accel.order import TokenOrder, valid_tokens
 
@@ -33,7 +33,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `api.tail_backward`; README.md has the equations."""
     q, k, v, exact, exact_lse, lists, dropped, geometry, scale = call
-    tail = _Tail.of(k, v, geometry)
+    grad_out, tail = contiguous_rows(grad_out), _Tail.of(k, v, geometry)
     of_keys, of_values = torch.zeros_like(tail.keys), torch.zeros_like(tail.values)
     dq, dexact, dexact_lse = empty_rows(q), empty_rows(exact), exact_lse.new_empty(exact_lse.shape)
     for at, of, bias, _ in _parts(q, lists, dropped, tail, geometry):

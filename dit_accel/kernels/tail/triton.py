@@ -25,6 +25,7 @@ from dit_accel.kernels.block_sparse.geometry import (
 )
 from dit_accel.kernels.block_sparse.triton import BlockSparseLaunches, run
 from dit_accel.kernels.block_sparse.triton_configs import Launch
+from dit_accel.kernels.cuts import contiguous_rows
 from dit_accel.kernels.obstacles import GROUP
 from dit_accel.kernels.records import PseudoKeys
 from dit_accel.kernels.tail.portable import spread
@@ -70,7 +71,7 @@ def add_gradients(
     Args:
         grad_out, grad_lse, out, lse: of the whole softmax.
     """
-    grad_out, out = tuning.contiguous_rows(grad_out), tuning.contiguous_rows(out)
+    grad_out, out = contiguous_rows(grad_out), contiguous_rows(out)
     launches = TailLaunches(parts, grad_out, out)
     q, pseudo = launches.call.q, launches.pseudo_keys()
     dq, delta = launches.empty_rows(q), torch.empty_like(lse)
@@ -105,7 +106,7 @@ class Parts(NamedTuple):
 def parts_of(call: TailedInputs, cuts: Cuts) -> Parts:
     """Both parts of a call, cut once."""
     exact, dropped = call.exact, call.dropped
-    q, k, v = (tuning.contiguous_rows(x) for x in exact[:3])
+    q, k, v = (contiguous_rows(x) for x in exact[:3])
     block_q = {"block_q": cuts.get("block_q", exact.geometry.block_q)}
     lists, geometry = cut_blocks(exact.lists, exact.geometry, block_q)
     if dropped is not None and geometry != exact.geometry:

@@ -11,6 +11,7 @@ import os
 import pytest
 import torch
 from block_sparse_calls import block_sparse_attention
+from layouts import check_layouts
 from messages import names
 
 import dit_accel
@@ -361,3 +362,7 @@ def test_dense_blocks_of_all_heads_come_first(heads, visual, dense):
     order_kernel[blocks, heads](order, blocks, dense)
     first = [[block, head] for head in range(heads) for block in range(visual, blocks)]
     assert order.tolist() == first + [[block, head] for head in range(heads) for block in range(visual)]
+
+
+def test_the_strides_do_not_matter():
+    check_layouts(dit_accel.plan("gna", TokenGrid(2, 4, 4), window=(2, 3, 2)), "triton")

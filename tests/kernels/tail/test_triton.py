@@ -10,6 +10,7 @@ import importlib.util
 import pytest
 import torch
 from accuracy import assert_accurate
+from layouts import check_layouts
 from messages import names
 from roundings import gradient_sizes
 from tail_calls import (
@@ -245,3 +246,7 @@ def test_compiles_in_one_graph():
     assert torch.equal(got, want)
     grads = (torch.autograd.grad(out.sin().sum(), leaves) for out in (got, want))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_the_strides_do_not_matter():
+    check_layouts(dit_accel.plan("sol", TokenGrid(2, 4, 4), block=16, block_q=16, tail="hybrid"), "triton")
