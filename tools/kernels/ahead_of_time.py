@@ -135,6 +135,7 @@ EXCEPTIONS = (
     ),
 )
 NOTHING = Allowed("", (), {}, "")
+READER = pathlib.Path(__file__).read_text(encoding="utf-8")
 WGMMA_ROWS = 64  # fewer rows of queries than this have no wgmma
 
 
@@ -219,7 +220,7 @@ def source_of(build: Build, arch: int, dtype: str) -> tuple[Any, dict[str, Any],
         options["maxnreg"] = build.registers
     kind = GluonASTSource if function.is_gluon() else ASTSource
     source = kind(function, signature, constexprs=values, attrs=attributes)
-    return source, options, key_of(metadata.version("triton"), source, options, arch)
+    return source, options, key_of(metadata.version("triton"), source, options, arch, READER)
 
 
 def compile_build(build: Build, arch: int, dtype: str, loops: bool = False) -> dict[str, Any]:

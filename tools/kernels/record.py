@@ -14,8 +14,8 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def key_of(version: str, source: Any, options: dict[str, Any], arch: int) -> str:
-    """A digest of all that decides what a build compiles to.
+def key_of(version: str, source: Any, options: dict[str, Any], arch: int, reader: str) -> str:
+    """A digest of all that decides what a build compiles to, and how its row is read.
 
     Triton's hash of a source has the text of the kernel and of all that it calls, its constants, and the types and
     divisibility of its arguments. The assembler and the disassembler come with Triton.
@@ -24,8 +24,9 @@ def key_of(version: str, source: Any, options: dict[str, Any], arch: int) -> str
         version: Triton's.
         source: an `ASTSource`.
         options: of the compiler.
+        reader: the text of the module that reads a build's resources.
     """
-    content = json.dumps([version, source.hash(), sorted(options.items()), arch])
+    content = json.dumps([version, source.hash(), sorted(options.items()), arch, reader])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -58,4 +59,6 @@ class Record:
         others = [entry for entry in self._entries if entry["triton"] != version]
         entries = [*others, *({"triton": version, "key": key, "row": rows[key]} for key in keys)]
         if self.path is not None:
-            self.path.write_text("".join(f"{line}\n" for line in sorted(map(json.dumps, entries))), encoding="utf-8")
+            written = self.path.with_suffix(".new")  # an interrupted write leaves the old file whole
+            written.write_text("".join(f"{line}\n" for line in sorted(map(json.dumps, entries))), encoding="utf-8")
+            written.replace(self.path)

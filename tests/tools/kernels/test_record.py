@@ -62,21 +62,23 @@ def test_each_build_has_its_own_key():
 
 @pytest.fixture
 def key(tmp_path):
-    def make(factor=2, version="3.9.0", number=1, arch=90, stages=3):
+    def make(factor=2, version="3.9.0", number=1, arch=90, stages=3, reader="a"):
         path = tmp_path / "scaled.py"
         path.write_text(KERNEL.format(factor=factor))
         spec = importlib.util.spec_from_file_location("scaled", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         source = ASTSource(module.kernel, {"x": "*i32", "N": "constexpr"}, constexprs={"N": number})
-        return key_of(version, source, {"num_stages": stages}, arch)
+        return key_of(version, source, {"num_stages": stages}, arch, reader)
 
     return make
 
 
 @pytest.mark.parametrize(
-    "changed", [{"factor": 3}, {"version": "3.6.0"}, {"number": 2}, {"arch": 80}, {"stages": 2}], ids=str
+    "changed",
+    [{"factor": 3}, {"version": "3.6.0"}, {"number": 2}, {"arch": 80}, {"stages": 2}, {"reader": "b"}],
+    ids=str,
 )
-def test_whatever_decides_the_code_changes_the_key(changed, key):
+def test_whatever_decides_the_row_changes_the_key(changed, key):
     """The factor stands in a function that the kernel calls."""
     assert key(**changed) != key() == key()
