@@ -188,17 +188,17 @@ def best(scores: torch.Tensor, weights: torch.Tensor | None, target: torch.Tenso
     keys = (scores + 0.0).view(integer)  # -0 + 0 is 0
     keys = torch.where(keys < 0, keys ^ ~lowest, keys)
 
-    def weigh(marked: torch.Tensor) -> torch.Tensor:
+    def weight_of(marked: torch.Tensor) -> torch.Tensor:
         return marked.sum(-1) if weights is None else torch.where(marked, weights, 0).sum(-1)
 
     level = torch.full_like(keys[..., 0], lowest)
     for bit in reversed(range(bits)):
         tried = level ^ (lowest if bit == bits - 1 else 1 << bit)
-        level = torch.where(weigh(keys >= tried[..., None]) >= target, tried, level)
+        level = torch.where(weight_of(keys >= tried[..., None]) >= target, tried, level)
     above, tied = keys > level[..., None], keys == level[..., None]
-    missing = target - weigh(above)
-    room = tied.to(keys.dtype) if weights is None else torch.where(tied, weights, 0)
-    return above | (tied & (room.cumsum(-1) - room < missing[..., None]))
+    missing = target - weight_of(above)
+    tied_weights = tied.to(keys.dtype) if weights is None else torch.where(tied, weights, 0)
+    return above | (tied & (tied_weights.cumsum(-1) - tied_weights < missing[..., None]))
 
 
 def lists_of(chosen: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
