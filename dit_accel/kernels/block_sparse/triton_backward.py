@@ -73,9 +73,10 @@ def over_query_lists(
     b_dv = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
     STEPS: tl.constexpr = BLOCK_Q // STEP
     for BOUNDED in tl.static_range(2):  # blocks of visual queries without padding slots, then the others
-        for i in range(tl.load(p_first + BOUNDED) * STEPS, tl.load(p_first + BOUNDED + 1) * STEPS):
+        part = tl.load(p_first + BOUNDED)  # counts entries of all heads: times STEPS it may not fit in 32 bits
+        for i in range((tl.load(p_first + BOUNDED + 1) - part) * STEPS):
             slot_q = i % STEPS * STEP + tl.arange(0, STEP)
-            block = tl.load(visits.places + i // STEPS)
+            block = tl.load(visits.places + part + i // STEPS)
             if BOUNDED:
                 corner = corner_of(block, segments, queries, BLOCK_Q, TILE_Q)
                 rows_q = rows_at(corner, segments.visual_start, slot_q, queries, TILE_Q)
@@ -94,7 +95,7 @@ def over_query_lists(
                 b_lse = tl.where(holds(low, high, tl.arange(0, STEP), STEP), b_lse, float("inf"))
             exponents = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale - b_lse[None, :]
             if HAS_TABLES:
-                number = tl.load(visits.numbers + i // STEPS)
+                number = tl.load(visits.numbers + part + i // STEPS)
                 low, high = load_words(visits.words, number, slot_q, 0, number >= 0, BLOCK_K, BLOCK_Q, BLOCK_K)
                 seen = holds(low[None, :], high[None, :], slot_k[:, None], BLOCK_K)
                 exponents = tl.where(seen, exponents, float("-inf"))

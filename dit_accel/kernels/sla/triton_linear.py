@@ -370,8 +370,9 @@ def over_selecting(
         entries = selecting.negligible_entries if BY else selecting.entries
         p_first = selecting.negligible_firsts if BY else selecting.firsts
         p_first += i_bh.to(tl.int64) * (2 * (routes.blocks if BY else layout.keys.blocks) + 1) + 2 * i_k
-        for i in range(tl.load(p_first) * STEPS, tl.load(p_first + 2) * STEPS):
-            block = tl.load(entries + i // STEPS)
+        part = tl.load(p_first)  # as in `over_query_lists`
+        for i in range((tl.load(p_first + 2) - part) * STEPS):
+            block = tl.load(entries + part + i // STEPS)
             if tl.load(selecting.modes + first_list + block) == 0:
                 sums = add_queries(
                     sums, phi_k, b_v, -1.0, read, block, i % STEPS * STEP, queries, D, BLOCK_D, BLOCK, TILE, STEP, MAP

@@ -366,3 +366,26 @@ def test_dense_blocks_of_all_heads_come_first(heads, visual, dense):
 
 def test_the_strides_do_not_matter():
     check_layouts(dit_accel.plan("gna", TokenGrid(2, 4, 4), window=(2, 3, 2)), "triton")
+
+
+@pytest.mark.skipif(NATIVE, reason="takes 2 GB of addresses, which a GPU would have to hold")
+def test_entries_of_many_heads_are_counted_beyond_32_bits(monkeypatch):
+    """dk and dv of a head whose lists stand behind 2^29 entries of other heads: four steps an entry pass 2^31."""
+    from dit_accel.kernels.block_sparse import triton
+
+    torch.manual_seed(0)
+    grid = TokenGrid(1, 1, 256)
+    q, k, v, grad_out = torch.randn(4, 1, 1, 256, 16)
+    indices = torch.tensor([[[[0, 2, 0, 0], [1, 2, 3, 0]]]], dtype=torch.int32)
+    lists = BlockLists(indices, torch.tensor([[[2, 3]]], dtype=torch.int32))
+    call = BlockSparseInputs(q, k, v, lists, Segments(), Geometry.of(TokenOrder(grid, 128), TokenOrder(grid, 64)), 0.25)
+    out, lse = triton.forward(call)
+    wanted = triton.backward(grad_out, None, out, lse, call)
+    ordered, transposed = triton.BlockSparseLaunches(call, grad_out, out).both_ways()
+    ahead, places = 2**29, transposed.places
+    behind = torch.empty(ahead + len(places), dtype=torch.int32)  # its pages are not touched before `ahead`
+    behind[ahead:] = places
+    shifted = transposed._replace(entries=behind, places=behind, firsts=transposed.firsts + ahead)
+    monkeypatch.setattr(triton.BlockSparseLaunches, "both_ways", lambda launches: (ordered, shifted))
+    actual = triton.backward(grad_out, None, out, lse, call)
+    assert all(torch.equal(*pair) for pair in zip(actual, wanted, strict=True))
