@@ -132,11 +132,13 @@ def check_lists(lists: BlockLists, key_blocks: int) -> Tensor:
     return used
 
 
-def block_state(lists: BlockLists, used: Tensor, blocks: int) -> Tensor:
+def block_state(lists: BlockLists, used: Tensor, geometry: Geometry) -> Tensor:
     """Lists as a map: uint8 [q_blocks, k_blocks], 0 not listed, 1 decided by the tables, 2 attended whole."""
-    state = lists.map(used, blocks).to(torch.uint8) * _FULL
+    queries, keys = geometry.orders
+    state = lists.map(used, keys.blocks).to(torch.uint8) * _FULL
     if lists.tables is not None:
-        state -= lists.map(used if lists.partial is None else used & lists.partial, blocks).to(torch.uint8)
+        partial = lists.map(used if lists.partial is None else used & lists.partial, keys.blocks).to(torch.uint8)
+        state[: queries.visual_blocks, : keys.visual_blocks] -= partial[: queries.visual_blocks, : keys.visual_blocks]
     return state
 
 
@@ -145,7 +147,7 @@ def build(lists: BlockLists, geometry: Geometry, device: torch.device, held: Hel
     every = tuple(order.index() for order in geometry.orders) if held is None else held.cut(geometry)
     q_slots, k_slots = every[0].view(-1, geometry.block_q), every[1].view(-1, geometry.block_k)
     used = check_lists(lists, len(k_slots))
-    state = block_state(lists, used, len(k_slots))
+    state = block_state(lists, used, geometry)
     sizes = (q_slots >= 0).sum(1), (k_slots >= 0).sum(1)
     state *= (sizes[0] > 0)[:, None] & (sizes[1] > 0)
     if not bool(state.any()):

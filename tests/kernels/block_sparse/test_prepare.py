@@ -5,7 +5,9 @@ import gc
 
 import pytest
 import torch
+from accuracy import plain_attention
 
+import dit_accel
 from dit_accel.kernels.block_sparse import portable
 from dit_accel.kernels.block_sparse.grouping import group_rows
 from dit_accel.kernels.block_sparse.prepare import MAX_ENTRIES
@@ -36,6 +38,22 @@ def test_batches_hold_every_allowed_pair_once(make_problem, method, config, tile
             bias = batch.evaluate() if batch.evaluate else batch.bias
             counts[q[:, None], k] += 1 if bias is None else bias.isfinite().long()
     assert torch.equal(counts, problem.mask()[0, 0].long())
+
+
+@pytest.mark.parametrize("partial", ["None", "all", "per head"])
+def test_tables_decide_visual_pairs_alone(make_problem, partial):
+    """Blocks of text and conditioning that are marked as partial are attended whole."""
+    problem = make_problem((2, 4, 5), "gna", {"window": (2, 3, 3)}, text=5, conditioning=3, dim=16)
+    marks = {"None": None, "all": torch.ones_like(problem.lists[0], dtype=torch.bool)}
+    if partial == "per head":
+        problem.lists = tuple(x.expand(1, 2, *x.shape).contiguous() for x in problem.lists)
+    problem.options = {**problem.options, "partial": marks.get(partial), "partial_blocks": problem.lists[0].numel()}
+    q, k, v = (x.double() for x in (problem.q, problem.k, problem.v))
+    visual, mask = 40, torch.ones(48, 48, dtype=torch.bool)
+    mask[:visual, :visual] = dit_accel.plan("gna", dit_accel.TokenGrid(2, 4, 5), window=(2, 3, 3)).token_mask()
+    exact, _ = plain_attention(q, k, v, mask, problem.scale)
+    for impl in ("reference", "portable"):
+        torch.testing.assert_close(problem.call(impl, torch.float64), exact, rtol=1e-12, atol=1e-12)
 
 
 def test_a_blocked_window_is_one_unmasked_batch(make_problem, monkeypatch):
