@@ -48,9 +48,9 @@ class Problem:
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """The module's parameters with a gradient by the name of it: dweight, dbias."""
+        """The module's parameters with a gradient by the name of it, such as dproj.weight."""
         named = () if self.module is None else self.module.named_parameters()
-        return {f"d{name.rpartition('.')[2]}": parameter for name, parameter in named if parameter.requires_grad}
+        return {f"d{name}": parameter for name, parameter in named if parameter.requires_grad}
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """The whole call: routing, attention, and learned parts."""

@@ -69,13 +69,14 @@ def _clock(call: Call) -> float:
 
 def _gpu_clock(device: torch.device) -> Callable[[Call], float]:
     cache = torch.empty(LEVEL_2, dtype=torch.int8, device=device)
+    stream = torch.cuda.current_stream(device)  # an event without a stream takes that of the current device
 
     def once(call: Call) -> float:
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         cache.zero_()
-        began.record()
+        began.record(stream)
         call()
-        ended.record()
+        ended.record(stream)
         ended.synchronize()
         return began.elapsed_time(ended)
 

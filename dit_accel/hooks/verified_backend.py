@@ -158,12 +158,12 @@ class Verified:
         """The shortest of a few calls on CUDA; None elsewhere."""
         if device.type != "cuda":
             return None
-        spans = []
+        spans, stream = [], torch.cuda.current_stream(device)
         for _ in range(RUNS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            start.record(stream)
             self._on(name, processor, dense)
-            end.record()
+            end.record(stream)
             end.synchronize()
             spans.append(start.elapsed_time(end))
         return min(spans)

@@ -204,8 +204,20 @@ class TestGate:
     def test_right_kernels_are_green(self, target, dtype):
         result = outcome(target, dtype=dtype, direction="both")
         assert result.status == "measured", result.reason
-        names = {"out", "dq", "dk", "dv"} | ({"dweight", "dbias"} if target.method in ("sla", "proxy") else set())
-        assert set(result.record["checks"]) == names
+        weights = {"sla": {"dproj.weight", "dproj.bias"}, "proxy": {"dweight", "dbias"}}
+        assert set(result.record["checks"]) == {"out", "dq", "dk", "dv"} | weights.get(target.method, set())
+
+    @pytest.mark.parametrize(
+        ("target", "weights"),
+        [
+            (Target.of("sla", topk=0.3, block=16, feature_map="hedgehog"), 4),
+            (Target.of("clear", radius=3, pool=2), 1),
+        ],
+    )
+    def test_gradients_of_all_weights_are_compared(self, target, weights):
+        result = outcome(target, direction="both")
+        assert result.status == "measured", result.reason
+        assert len(result.record["checks"]) == 4 + weights
 
     @pytest.mark.parametrize("target", [GNA, SLA])
     def test_text_may_stand_last(self, target):
