@@ -96,7 +96,8 @@ def with_tokens(
             keys, values = (_rows(x, block[place]) for x in pseudo)
             shares = torch.exp((query @ keys.mT * scale).masked_fill(absent, -torch.inf) - peak)
             total, value = total - shares.sum(-1, keepdim=True), value - shares @ values
-        parts.append((value / total, total.log() + peak, weights.sum(-1, keepdim=True).log() + peak))
+        # not from the weights, which may all be 0 beside what is known
+        parts.append((value / total, total.log() + peak, logits.logsumexp(-1, keepdim=True)))
     result, both, alone = (from_blocks(torch.cat(part, 2), query_order) for part in zip(*parts, strict=True))
     result = result.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
     return result, both[..., 0].to(lse.dtype), alone[..., 0].to(lse.dtype)

@@ -121,6 +121,20 @@ def test_equal_values_come_out_unchanged_and_nan_is_seen():
     assert bool(out[0, 1].isnan().all()) and bool(out[0, 0].isfinite().all())
 
 
+def test_gradients_where_single_tokens_weigh_nothing():
+    """Logits far apart: the tokens beyond the exact blocks underflow beside the rest of a row."""
+    generator = torch.Generator().manual_seed(0)
+    plan = dit_accel.plan("sol", GRID, block=8, block_q=8, tau=1.0, extra_tokens=2, tail="hybrid")
+    q, k, v = (size * torch.randn(1, 1, GRID.tokens, 16, generator=generator) for size in (12.0, 12.0, 1.0))
+    gradients = {}
+    for dtype in (torch.float32, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        gradients[dtype] = torch.autograd.grad(attention(*leaves, plan).sum(), leaves)
+    for actual, wanted in zip(*gradients.values(), strict=True):
+        assert bool(actual.isfinite().all())
+        torch.testing.assert_close(actual.double(), wanted, rtol=1e-2, atol=1e-2)
+
+
 def test_in_one_graph_and_in_a_compiled_call():
     plan = dit_accel.plan("sol", GRID, block=8, block_q=8, tau=2.0, extra_tokens=9)
     q, k, v = inputs()
