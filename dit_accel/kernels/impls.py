@@ -283,9 +283,13 @@ def named(name: str, kernel: str = BLOCK_SPARSE) -> Implementation:
     return row
 
 
-def beside(impl: Impl, kernel: str) -> Impl:
-    """The name for a kernel that runs beside attention: the same, or "auto" where attention alone has that name."""
-    return AUTO if (kernel, impl) not in _TABLE and (BLOCK_SPARSE, impl) in _TABLE else impl
+def beside(impl: Impl, facts: Facts, kernel: str) -> Impl:
+    """The name for a call beside that of the visual queries, of another kernel or other blocks.
+
+    It is the same name, or "auto" where that kernel has no such implementation, or it cannot run the call.
+    """
+    row = _TABLE.get((kernel, impl))
+    return impl if row is not None and row.installed and row.obstacle(facts) is None else AUTO
 
 
 def check(impl: Impl) -> None:

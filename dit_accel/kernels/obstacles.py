@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -103,13 +104,13 @@ def attention_triton(facts: Facts) -> str | None:
     return triton(facts) or _without_room(facts, "forward", *(GRADIENTS if facts.gradients else ()))
 
 
-def _without_room(facts: Facts, *kernels: str) -> str | None:
-    """Which of some kernels does not fit the shared memory of the GPU."""
+def _without_room(facts: Facts, *kernels: str, fit: Callable[..., Sequence[Any]] = fitting) -> str | None:
+    """Which of some kernels does not fit the shared memory of the GPU: `fit` has no launch for it."""
     if facts.arch is None:
         return None
     sizes = facts.block_q, facts.block_k, max(16, 1 << (facts.head_dim - 1).bit_length())
     for kernel in kernels:
-        if not fitting(kernel, *sizes, facts.dtype.itemsize, facts.arch):
+        if not fit(kernel, *sizes, facts.dtype.itemsize, facts.arch):
             return (
                 f"the {kernel} kernel for blocks of {sizes[0]} x {sizes[1]}, head dimension {facts.head_dim} and "
                 f"{facts.dtype} needs more shared memory than sm_{facts.arch} has"
@@ -177,10 +178,17 @@ def flex(facts: Facts) -> str | None:
 
 
 def sla_triton(facts: Facts) -> str | None:
-    from dit_accel.kernels.sla.triton_configs import unsupported
+    from dit_accel.kernels.sla import triton_configs
+
+    def fit(kernel: str, block_q: int, block_k: int, block_d: int, *gpu: int) -> Sequence[Any]:
+        scope = facts.linear_scope or "all"
+        rows = min(block_q, triton_configs.MARGINAL_BLOCK) if scope == "marginal" else block_q
+        sizes = {"BLOCK_Q": rows, "BLOCK_K": block_k, "BLOCK_D": block_d, "SCOPE": scope}
+        return triton_configs.fitting(kernel, sizes, *gpu)
 
     sizes = facts.head_dim, facts.block_q, facts.block_k
-    return unsupported(*sizes, facts.linear_scope, facts.feature_map) or triton(facts)
+    obstacle = triton_configs.unsupported(*sizes, facts.linear_scope, facts.feature_map) or triton(facts)
+    return obstacle or _without_room(facts, "forward", *(GRADIENTS if facts.gradients else ()), fit=fit)
 
 
 def router_triton(facts: Facts) -> str | None:

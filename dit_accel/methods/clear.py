@@ -21,11 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.errors import DitAccelError
-from dit_accel.kernels import impls
-from dit_accel.kernels.block_sparse.api import attend_blocks
+from dit_accel.kernels.block_sparse.api import attend_blocks, gradients_follow, in_autocast_dtype
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
 from dit_accel.kernels.block_sparse.reference import masked_attention
-from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.method import LearnedModule, Method, MethodConfig
 from dit_accel.order import TokenOrder
 from dit_accel.plans.masks import AxisTable, Mask, Product
@@ -116,14 +114,9 @@ class PooledPlan(MaskPlan):
         """With the pairs of a visual query and a cell."""
         return super().pairs + self.grid.visual * self.cells.visual
 
-    def prepare(
-        self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl = AUTO, *, learned: bool = False
-    ) -> tuple[str, str]:
-        facts = Facts(device, dtype, head_dim, self.geometry.block_q, self.geometry.block_k, lse=True)
-        chosen, why = impls.choose(facts, impl)
-        chosen.load()
-        self.lists(device, chosen.packing)
-        return chosen.name, why
+    def calls(self, learned: bool = False) -> dict[str, tuple[str, dict[str, Any]]]:
+        ((part, (kernel, more)),) = super().calls(learned).items()
+        return {part: (kernel, more | {"lse": True})}
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, call: PlanArguments) -> Tensor:
         """Without a module its weights count as they start."""
@@ -132,9 +125,14 @@ class PooledPlan(MaskPlan):
             module = CellWeights(self.config.pool).to(q.device).requires_grad_(False)
         if not isinstance(module, CellWeights):
             raise DitAccelError(f"clear takes CellWeights as its module, got {type(module).__name__}.")
-        impl, _ = self.prepare(q.device, q.dtype, q.shape[-1], call.impl)
-        lists, rows = self.lists(q.device, impls.named(impl).packing), self.grid.visual_rows
-        how: dict[str, Any] = {"scale": call.scale, "lse": True, "impl": impl}
+        q, k, v = in_autocast_dtype(q, k, v)
+        with torch.autocast(q.device.type, enabled=False):  # cells are summed in fp32
+            return self._run(q, k, v, call, module)
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, call: PlanArguments, module: CellWeights) -> Tensor:
+        gradients = gradients_follow(q, k, v, *module.parameters())
+        (chosen, lists), rows = self.chosen(q, call.impl, gradients=gradients, lse=True), self.grid.visual_rows
+        how: dict[str, Any] = {"scale": call.scale, "lse": True, "impl": chosen.name}
         near, near_sums = attend_blocks(
             q, k, v, lists, self.geometry, Segments.of(q, call.text_lens), text_bias=call.text_bias, **how
         )
@@ -149,9 +147,11 @@ class PooledPlan(MaskPlan):
     def reference(self, call: SampledQueries, head: int, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
         """Softmax over the disc, and for visual queries over the cells."""
         module = CellWeights(self.config.pool).to(q)
-        if weights:
-            module.weight = nn.Parameter(weights[0].to(q))
-        keys, values = (torch.cat([x, module(x[self.grid.visual_rows], self.grid)]) for x in (k, v))
+        start = {"weight": weights[0] if weights else module.weight}
+        keys, values = (
+            torch.cat([x, torch.func.functional_call(module, start, (x[self.grid.visual_rows], self.grid))])
+            for x in (k, v)
+        )
         cells = call.are_visual.expand(-1, self.cells.visual)
         return masked_attention(q, keys, values, torch.cat([call.seen(head), cells], 1))
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.api import in_autocast_dtype
 from dit_accel.kernels.block_sparse.dense import zeros_spread
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.method import LossCalibration, Method, MethodConfig
@@ -82,9 +83,7 @@ class HeadsPlan(DensePlan):
         computed = self._computed(q, call)
         if len(computed) == q.shape[1]:
             return super().run(q, k, v, call)
-        kind = q.device.type
-        if torch.is_autocast_enabled(kind):
-            q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+        q, k, v = in_autocast_dtype(q, k, v)
         out = zeros_spread(q)
         if not len(computed):  # under context parallelism
             return out

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_accel.errors import DitAccelError
+from dit_accel.kernels.block_sparse.api import in_autocast_dtype
 from dit_accel.kernels.block_sparse.dense import zeros_spread
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.block_sparse.reference import masked_attention
@@ -194,10 +195,8 @@ class MohPlan(DensePlan):
                 f"moh compares all {call.heads[1]} heads of a token, and under context parallelism a process has "
                 f"{q.shape[1]}. Use another method, such as heads."
             )
-        kind = q.device.type
-        if torch.is_autocast_enabled(kind):
-            q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
-        with torch.autocast(kind, enabled=False):
+        q, k, v = in_autocast_dtype(q, k, v)
+        with torch.autocast(q.device.type, enabled=False):
             gates = self.gates(q, call.module)
             trains = torch.is_grad_enabled() and gates.weights.requires_grad
             whole = trains or call.impl not in (AUTO, SDPA) or call.text_bias is not None

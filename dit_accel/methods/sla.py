@@ -251,6 +251,8 @@ class SlaPlan(RoutedPlan):
     ) -> tuple[torch.Tensor, BlockLists]:
         """Without a module its weights count as they start."""
         module, config = call.module, self.config
+        if call.scale is not None and not call.scale > 0:
+            raise DitAccelError(f"sla ranks blocks by logits whose scale is above 0; got {call.scale}.")
         if module is None and config.topk:
             return super().attend_visual(q, k, v, call)
         if module is None:

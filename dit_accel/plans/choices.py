@@ -13,7 +13,6 @@ from dit_accel.errors import DitAccelWarning
 from dit_accel.kernels import impls
 from dit_accel.kernels.impls import AUTO, Choice, Impl
 from dit_accel.kernels.obstacles import Facts, capability_of
-from dit_accel.kernels.router.api import router_impl
 
 
 def _facts(gpu: str | None, head_dim: int, dtype: torch.dtype) -> Facts:
@@ -43,7 +42,7 @@ class Kernels(abc.ABC):
     def choices(self, facts: Facts, impl: Impl = AUTO, learned: bool = False) -> list[Choice]:
         """What runs each part of a call whose tensors are those of `facts`, visual queries first.
 
-        Other queries follow the implementation of the visual ones, as in a model.
+        Other queries follow the implementation of the visual ones where it can compute them, as in a model.
         """
         choices: list[Choice] = []
         for part, (kernel, more) in self.calls(learned).items():
@@ -51,12 +50,11 @@ class Kernels(abc.ABC):
             if kernel == impls.TAIL and choices and impls.named(choices[0].name, choices[0].kernel).takes_tail(call):
                 choices.append(choices[0]._replace(part=part, why="in attention's kernel", plain=False, faster=None))
                 continue
-            if kernel == impls.ROUTER:
-                name = router_impl(call, impl)
-            elif choices:
-                name = impls.beside(choices[0].name if part == "text" else impl, kernel)
+            if choices or kernel == impls.ROUTER:
+                name = impls.beside(choices[0].name if part == "text" else impl, call, kernel)
             choice = impls.explain(part, kernel, call, name, square=self.config.square_blocks)
-            choices.append(choice if name == impl else choice._replace(why="as for the visual queries"))
+            follows = part == "text" and name != AUTO
+            choices.append(choice._replace(why="as for the visual queries") if follows else choice)
         return choices
 
     def implementation(
@@ -99,7 +97,9 @@ class Kernels(abc.ABC):
         self, device: torch.device, dtype: torch.dtype, head_dim: int, impl: Impl, learned: bool = False
     ) -> tuple[str, str]:
         """Load what runs each part; warn once of what is not the fastest. The name and reason as of `prepare`."""
-        choices = self.choices(Facts(device, dtype, head_dim), impl, learned)
+        # Whether a named one can compute gradients is asked in the call, by what needs them.
+        gradients = impl == AUTO and torch.is_grad_enabled()
+        choices = self.choices(Facts(device, dtype, head_dim, gradients=gradients), impl, learned)
         for choice in choices:
             impls.named(choice.name, choice.kernel).load()
             if choice.faster is not None and choice not in _WARNED:

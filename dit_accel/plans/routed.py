@@ -10,9 +10,9 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
-from dit_accel.kernels.block_sparse.api import attend_blocks, attend_visual, in_autocast_dtype
+from dit_accel.kernels.block_sparse.api import attend_blocks, attend_visual, gradients_follow, in_autocast_dtype
 from dit_accel.kernels.block_sparse.geometry import BlockLists, Geometry, Segments
-from dit_accel.kernels.impls import AUTO, Impl
+from dit_accel.kernels.impls import AUTO, Facts, Impl
 from dit_accel.order import TokenOrder, valid_tokens
 from dit_accel.plans.curves import Curve, Rows, along, rows_along
 from dit_accel.plans.plan import BLOCK_K, BLOCK_Q, Plan, PlanArguments, among_others, building, per_device
@@ -283,8 +283,11 @@ def attend_all(
     every = torch.arange(geometry.key_order.blocks, dtype=torch.int32, device=queries.device)
     lists = BlockLists.full(every.expand(math.ceil(count / BLOCK_Q), -1).contiguous())
     segments = Segments.of(queries, call.text_lens)
+    gradients, biased = gradients_follow(queries, k, v), call.text_bias is not None
+    facts = Facts(queries.device, queries.dtype, queries.shape[-1], BLOCK_Q, BLOCK_K, gradients, biased)
+    impl = impls.beside(call.impl, facts, impls.BLOCK_SPARSE)
     return attend_blocks(
-        queries, k, v, lists, geometry, segments, text_bias=call.text_bias, scale=call.scale, few=True, impl=call.impl
+        queries, k, v, lists, geometry, segments, text_bias=call.text_bias, scale=call.scale, few=True, impl=impl
     )[0]
 
 

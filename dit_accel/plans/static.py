@@ -16,6 +16,7 @@ from dit_accel.kernels.block_sparse.api import (
     attend_checked,
     check_tensors,
     gradients_follow,
+    in_autocast_dtype,
     opened,
     pack,
 )
@@ -119,18 +120,26 @@ class StaticPlan(Plan):
         blocks = {"block_q": self.geometry.block_q, "block_k": self.geometry.block_k}
         return {"attention": (impls.BLOCK_SPARSE, blocks)}
 
+    def chosen(
+        self, q: torch.Tensor, impl: Impl, *, gradients: bool, lse: bool = False
+    ) -> tuple[impls.Implementation, BlockLists]:
+        """What runs a call whose queries are `q` [B, H, N, D], and the plan's lists for it."""
+        sizes = q.shape[-1], self.geometry.block_q, self.geometry.block_k
+        chosen, _ = impls.choose(Facts(q.device, q.dtype, *sizes, gradients, lse), impl)
+        return chosen, self.lists(q.device, chosen.packing)
+
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: PlanArguments) -> torch.Tensor:
+        q, k, v = in_autocast_dtype(q, k, v)
         segments, scale, bias = Segments.of(q, call.text_lens), call.scale, call.text_bias
-        if bias is not None or torch.is_autocast_enabled(q.device.type):
-            impl, _ = StaticPlan.prepare(self, q.device, q.dtype, q.shape[-1], call.impl)
-            lists = self.lists(q.device, impls.named(impl).packing)
-            return attend_blocks(q, k, v, lists, self.geometry, segments, text_bias=bias, scale=scale, impl=impl)[0]
         gradients = gradients_follow(q, k, v)
+        if bias is not None:
+            chosen, lists = self.chosen(q, call.impl, gradients=gradients, lse=True)
+            return attend_blocks(
+                q, k, v, lists, self.geometry, segments, text_bias=bias, scale=scale, impl=chosen.name
+            )[0]
         key = q.device, q.dtype, q.shape[-1], gradients, call.impl
         if key not in self._ready or call.impl == AUTO:  # what "auto" takes may change
-            facts = Facts(*key[:3], self.geometry.block_q, self.geometry.block_k, gradients=gradients)
-            chosen, _ = impls.choose(facts, call.impl)
-            lists = self.lists(q.device, chosen.packing)
+            chosen, lists = self.chosen(q, call.impl, gradients=gradients)
             self._ready[key] = chosen, lists, opened(lists, self.geometry, chosen.packing)
         chosen, lists, views = self._ready[key]
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -86,9 +86,23 @@ def test_pooled_keys_are_in_the_same_softmax_and_their_weights_learn():
         torch.testing.assert_close(output[0, head], wanted, rtol=1e-12, atol=1e-12)
     output.sum().backward()
     assert module.weight.grad.abs().min() > 0
+    (gradient,) = torch.autograd.grad(wanted.sum(), module.weight)  # of the last head
+    alone = plan.attend(q[:, 1:], k[:, 1:], v[:, 1:], module=module, impl="reference").sum()
+    torch.testing.assert_close(gradient, torch.autograd.grad(alone, module.weight)[0], rtol=1e-9, atol=1e-9)
     assert plan.pairs == plan.mask.pairs() + grid.dense_pairs + grid.visual * 2 * 2 * 3
 
 
 def test_pooled_keys_take_whole_cells():
     with pytest.raises(DitAccelError, match=names(4, "1x9x8")):
         dit_accel.plan("clear", TokenGrid(1, 9, 8), pool=4)
+
+
+def test_cells_are_summed_in_fp32_under_autocast():
+    grid, generator = TokenGrid(1, 8, 12), torch.Generator().manual_seed(0)
+    plan, module = dit_accel.plan("clear", grid, radius=3, pool=4), CellWeights(4)
+    with torch.no_grad():
+        module.weight.normal_(generator=generator)
+    q, k, v = (torch.randn(1, 2, grid.tokens, 16, generator=generator) for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = plan.attend(q, k, v, module=module)
+    assert torch.equal(cast, plan.attend(*(x.bfloat16() for x in (q, k, v)), module=module))

@@ -174,6 +174,38 @@ def test_shared_memory_of_a_small_gpu_counts():
     assert impls.choose(half)[0].name == impls.choose(facts.__class__(**{**vars(facts), "capability": 90}))[0].name
 
 
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("gna:window=8", "portable"),
+        ("sla:block_q=128", "portable"),
+        ("clear:radius=4,pool=4", "portable"),
+        ("sla", "triton"),
+    ],
+)
+def test_training_asks_whether_the_gradients_fit(monkeypatch, setting, expected):
+    """In fp32 at D = 128 the forward kernels fit a consumer card, and the gradients of 128 queries do not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    plan = dit_accel.plan(setting, TokenGrid(8, 32, 32))
+    call = torch.device("cuda"), torch.float32, 128
+    with torch.no_grad():
+        assert plan.start(*call, "auto", learned=True)[0] == "triton"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DitAccelWarning)
+        assert plan.start(*call, "auto", learned=True)[0] == expected
+    assert plan.start(*call, "triton", learned=True)[0] == "triton"  # a named one is asked in the call
+
+
+def test_text_runs_elsewhere_where_its_blocks_do_not_fit():
+    plan = dit_accel.plan("sol:block=64,block_q=64", TokenGrid(8, 32, 32, text=77))
+    facts = impls.Facts(torch.device("cuda"), torch.float32, 128, gradients=True, capability=89)
+    names = {choice.part: choice.name for choice in plan.choices(facts)}
+    assert (names["attention"], names["text"]) == ("triton", "portable")
+    names = {choice.part: choice.name for choice in plan.choices(dataclasses.replace(facts, gradients=False))}
+    assert (names["attention"], names["text"]) == ("triton", "triton")
+
+
 def test_what_is_slow_is_said_once(monkeypatch):
     """The warning names the method, the part and the nearest fast blocks; on a CPU nothing is said."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

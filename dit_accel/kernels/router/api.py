@@ -124,7 +124,7 @@ def deviations(x: torch.Tensor, order: TokenOrder, *, impl: Impl = AUTO) -> tupl
         Two tensors [B, H, blocks, D], fp32 (fp64 for fp64).
     """
     facts = Facts.of(x.device, x.dtype, x.shape[-1], order, order)
-    chosen = impls.choose(facts, router_impl(facts, impl), impls.ROUTER)[0]
+    chosen = impls.choose(facts, impls.beside(impl, facts, impls.ROUTER), impls.ROUTER)[0]
     return block_deviations(
         visual_of(x.detach(), order.grid), Geometry.of_visual(order, order).pack(), order.visual_blocks, chosen.name
     )
@@ -149,7 +149,7 @@ def _route(
     if not scale > 0:
         raise DitAccelError(f"The router ranks logits, whose scale is above 0; got {scale}.")
     facts = Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order, by_number=rule.by_number)
-    chosen = impls.choose(facts, router_impl(facts, impl), impls.ROUTER)[0]
+    chosen = impls.choose(facts, impls.beside(impl, facts, impls.ROUTER), impls.ROUTER)[0]
     rows = q.shape[0], q.shape[1], query_order.visual_blocks
     indices, counts, worst = route_blocks(
         q, k,
@@ -160,12 +160,6 @@ def _route(
         rule.width(key_order.visual_blocks), skip, chosen.name,
     )  # fmt: skip
     return BlockLists(indices, counts), worst
-
-
-def router_impl(facts: Facts, impl: Impl) -> Impl:
-    """The router's name for an implementation of attention; see `route`."""
-    known = impl in impls.names(impls.ROUTER) and impl != AUTO
-    return impl if known and impls.named(impl, impls.ROUTER).obstacle(facts) is None else AUTO
 
 
 def _per_row(

@@ -6,6 +6,7 @@ import torch
 
 from dit_accel.errors import DitAccelError
 from dit_accel.kernels import impls
+from dit_accel.kernels.block_sparse.api import gradients_follow
 from dit_accel.kernels.impls import Facts
 from dit_accel.kernels.sla.arguments import FEATURE_MAPS, LINEAR_SCOPES, SlaArguments
 
@@ -47,7 +48,8 @@ def sparse_linear_attention(
     _check(q, k, v, call)
     text_len, text_bias = call.text_len, call.text_bias
     linear = {"linear_scope": call.linear_scope, "feature_map": call.feature_map, "critical": call.topk}
-    facts = Facts.of(q.device, q.dtype, q.shape[-1], call.query_order, call.key_order, **linear)
+    gradients = gradients_follow(q, k, v, call.weight)
+    facts = Facts.of(q.device, q.dtype, q.shape[-1], call.query_order, call.key_order, gradients=gradients, **linear)
     chosen, _ = impls.choose(facts, call.impl, impls.SLA)
     call = call._replace(
         skip=call.skip if call.linear_scope == "marginal" else 0,

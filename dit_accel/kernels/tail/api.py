@@ -130,7 +130,7 @@ def with_tail(
         exact, exact_lse: attention of the visual queries over the listed blocks, conditioning and text:
             [B, H, visual, D], and its natural log-sum-exp [B, H, visual].
         lists: the visual key blocks that `exact` attended, int32 [B, H, query blocks, width].
-        impl: "auto", or the name of an implementation, which runs or raises; as "auto" if it is one of attention alone.
+        impl: the name of attention's implementation, which is taken where it can compute the tail; else "auto".
 
     Other arguments, results and errors as of `attend_with_tail`.
     """
@@ -141,7 +141,7 @@ def with_tail(
     _check(call)
     gradients = gradients_follow(q, k, v, exact, exact_lse)
     facts = Facts.of(q.device, q.dtype, q.shape[-1], query_order, key_order, gradients=gradients)
-    chosen, _ = impls.choose(facts, impls.beside(impl, impls.TAIL), impls.TAIL)
+    chosen, _ = impls.choose(facts, impls.beside(impl, facts, impls.TAIL), impls.TAIL)
     if chosen.autograd:
         return chosen.load().forward(call)
     return tail_forward(

@@ -10,9 +10,10 @@ import pytest
 import torch
 from router_calls import GRIDS, RULES, check_deviations, dense, inputs
 
+from dit_accel.kernels import impls
 from dit_accel.kernels.block_sparse.geometry import BlockLists
 from dit_accel.kernels.impls import Facts
-from dit_accel.kernels.router.api import route, route_pooled, router_impl
+from dit_accel.kernels.router.api import route, route_pooled
 from dit_accel.kernels.router.rule import Rule
 from dit_accel.order import TokenOrder
 from dit_accel.tokens import TokenGrid
@@ -69,7 +70,7 @@ def test_vectors_of_whole_blocks(rule):
     assert all(torch.equal(*pair) for pair in zip(listed[0][:2], listed[1][:2], strict=True))
     single = TokenOrder(TokenGrid(1, 1, 70), 1)
     facts = Facts.of(torch.device(DEVICE), torch.float32, 24, single, single)
-    assert router_impl(facts, "triton") == "triton"
+    assert impls.beside("triton", facts, impls.ROUTER) == "triton"
 
 
 def one_row(scores, rule):
@@ -119,7 +120,7 @@ def test_what_it_cannot_route_is_routed_by_another():
     fits = TokenOrder(TokenGrid(1, 1, 90), 16)
     for order, name in ((orders[0], "auto"), (fits, "triton"), (long, "auto")):
         facts = Facts.of(torch.device(DEVICE), torch.float32, 8, order, order)
-        assert router_impl(facts, "triton") == name
+        assert impls.beside("triton", facts, impls.ROUTER) == name
 
 
 @pytest.mark.parametrize("rule", ["topk", "topp", "union", "cells", "guard"])

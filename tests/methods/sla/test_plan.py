@@ -136,3 +136,11 @@ def test_what_a_plan_cannot_give_is_refused():
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(DitAccelError, match=names(message)):
         Config(**settings)
+
+
+@pytest.mark.parametrize("score", ["mean", "learned"])
+def test_a_scale_that_would_rank_the_worst_blocks_first_is_refused(score):
+    listed = plan("sla", TokenGrid(1, 4, 8), topk=0.5, block=8, score=score)
+    q, k, v = torch.randn(3, 1, 1, 32, 16)
+    with pytest.raises(DitAccelError, match=names("scale", -0.25)):
+        listed.attend(q, k, v, scale=-0.25)
