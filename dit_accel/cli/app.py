@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DitAccelError as error:
         _end(f"error: {error}", USER_ERROR)
     except typer.TyperException as error:
-        _end(f"error: {error.format_message() or 'a verb is missing, such as generate.'}", USER_ERROR)
+        _end(f"error: {_refusal(error)}", USER_ERROR)
     except RuntimeError as error:
         if not lost_process(error):
             raise
@@ -95,6 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at exit
         _end(f"error: the output could not be written: {error.strerror}.", USER_ERROR)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _refusal(error: typer.TyperException) -> str:
+    """Typer's sentence, with the value that came: Typer checks with pydantic, whose own error alone has the value."""
+    sentence = error.format_message() or "a verb is missing, such as generate."
+    came = [repr(refused["input"]) for refused in getattr(error.__cause__, "errors", list)()]
+    return sentence if not came or came[0] in sentence else f"{sentence.rstrip('.')}, got {came[0]}."
 
 
 def _show_warning(

@@ -75,25 +75,24 @@ def _parameter(group: type, field: dataclasses.Field[Any], hint: Any) -> inspect
     option: values.Option = field.metadata["option"]
     default: Any = field.default
     from_text = option.parse is not None or option.repeatable  # from the command line's text
-    shown: str | bool = True
     if option.parse is not None:
         hint = list[str] if option.repeatable else str
     elif typing.get_origin(hint) is tuple:
         hint = list[typing.get_args(hint)[0]]  # type: ignore[misc]
     if from_text:
         hint = hint | None
-        none = default is dataclasses.MISSING or default is None or default == ()
-        shown = not none and (",".join(map(str, default)) if isinstance(default, tuple) else str(default))
     if default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
         default = inspect.Parameter.empty
-    elif from_text or default is dataclasses.MISSING:
+    elif default is dataclasses.MISSING or default == ():
         default = None
+    elif from_text and default is not None:
+        written = [str(part) for part in default] if isinstance(default, tuple) else [str(default)]
+        default = written if option.repeatable else ",".join(written)
     about: dict[str, Any] = {
         "help": option.help.replace("[", r"\["),  # no markup
         "metavar": option.metavar,
         "min": None if from_text else option.least,
         "max": None if from_text else option.most,
-        "show_default": shown,
         "rich_help_panel": vars(_owner(group, field.name)).get("PANEL"),
     }
     typed = typer.Argument(**about) if option.positional else typer.Option(values.flag(field), **about)

@@ -70,7 +70,7 @@ def test_limits_and_choices_are_the_fields(run):
 def test_help_shows_the_fields(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     out = run("--help")
-    for text in ("How large", "Frames of it.", "--pair", "KEY=VALUE", "0,1", "[default: a]"):
+    for text in ("How large", "Frames of it.", "--pair", "KEY=VALUE", "[default: 0,1]", "[default: a]"):
         assert text in out
     assert "hidden" not in out
 
