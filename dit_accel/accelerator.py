@@ -99,9 +99,14 @@ class Accelerator:
 
         Returns:
             Attention modules that keep a processor which was set on them since.
+
+        Raises:
+            DitAccelError: offloading to disk keeps the model's weights out of reach. Nothing is undone then.
         """
         if not self.active:
             return []
+        if self.trained is not None:
+            adapters.check_removable(self.trained, self.transformers)
         self.active = False
         left = [name for engine in self._engines for name in engine.detach()]
         if self._undo_training is not None:

@@ -200,6 +200,13 @@ def apply(
         return trained, undo.pop_all().close
 
 
+def check_removable(trained: Trained, transformers: Mapping[str, nn.Module]) -> None:
+    """Refuse to undo what `apply` loaded while offloading keeps the weights out of reach."""
+    for name, transformer in transformers.items():
+        if trained.full or name in trained.changed:
+            model_weights.check_restorable(transformer)
+
+
 def _load_lora(path: pathlib.Path, digest: str, name: str, transformer: nn.Module) -> Callable[[], None]:
     from importlib.util import find_spec
 

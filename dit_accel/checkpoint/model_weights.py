@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -100,7 +101,8 @@ def replace(transformer: nn.Module, new: Mapping[str, NewWeight], *, keep_int8: 
     through torchao: a layer multiplies by int8 values times their scales, rounded to its dtype, as without.
 
     Returns:
-        A function that restores the old weights, bit for bit, wherever the model is by then.
+        A function that restores the old weights, bit for bit, wherever the model is by then, and in the dtype that it
+        has by then; `check_restorable` comes before it.
     """
     present = dict(base_weights(transformer))
     layers = {name.replace(".base_layer", ""): module for name, module in transformer.named_modules()}
@@ -112,7 +114,8 @@ def replace(transformer: nn.Module, new: Mapping[str, NewWeight], *, keep_int8: 
                 continue
             # a copy: a file's tensors may begin anywhere, and sums in memory of another alignment round differently
             parameter.data = old.new_empty(old.shape).copy_(weight.make(old).reshape(old.shape))
-            undo.callback(_put_back, parameter, old.cpu())
+            owner, _, leaf = name.rpartition(".")
+            undo.callback(_put_back, layers[owner], leaf, old.cpu())
         return undo.pop_all().close
 
 
@@ -130,7 +133,8 @@ def _put_int8(
     layer.weight = nn.Parameter(weight, requires_grad=False)
 
     def restore() -> None:
-        parameter.data = parameter.data.to(layer.weight.device)  # type: ignore[arg-type]
+        present: Any = layer.weight
+        parameter.data = parameter.data.to(present.device, present.dtype)
         layer.weight = parameter
 
     return restore
@@ -141,5 +145,33 @@ def plain(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach() if type(weight.data) is torch.Tensor else weight.dequantize()
 
 
-def _put_back(parameter: torch.Tensor, old: torch.Tensor) -> None:
-    parameter.data = old.to(parameter.device)
+def _put_back(layer: nn.Module, name: str, old: torch.Tensor) -> None:
+    """Give a layer's parameter its old values, in place, because offloading holds on to the tensor."""
+    parameter = getattr(layer, name)  # offloading renews it
+    place = _offloaded(layer, name) if parameter.is_meta else parameter.data
+    assert place is not None  # by `check_restorable`
+    with torch.inference_mode():  # which may have made the tensor
+        place.copy_(old)
+
+
+def check_restorable(transformer: nn.Module) -> None:
+    """Refuse a model whose weights `replace` could not restore, as they are neither in it nor in main memory."""
+    for path, layer in transformer.named_modules():
+        for name, weight in layer.named_parameters(recurse=False):
+            if weight.is_meta and _offloaded(layer, name) is None:
+                raise DitAccelError(
+                    f"remove() restores the model's weights, but offloading keeps {path}.{name} where it cannot be "
+                    "written. End offloading first, as with the pipeline's remove_all_hooks(), and call remove() again."
+                )
+
+
+def _offloaded(layer: nn.Module, name: str) -> torch.Tensor | None:
+    """The tensor in main memory that accelerate's sequential offloading loads a parameter from; None if it is none."""
+    hook = getattr(layer, "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        weights = getattr(part, "weights_map", None) or {}
+        if name in weights:
+            kept = weights[name]
+            # what is read from a disk is another tensor each time
+            return kept if kept is weights[name] and type(kept) is torch.Tensor else None
+    return None
