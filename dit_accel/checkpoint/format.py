@@ -58,9 +58,11 @@ def identify(transformers: Mapping[str, nn.Module]) -> Models:
 
 
 def config_hash(module: nn.Module) -> str:
-    """SHA-256 of a Diffusers model's configuration, without its origin and version."""
+    """SHA-256 of a Diffusers model's configuration, without origin, version and how its weights are quantised."""
     config: Any = getattr(module, "config", {})
-    settings = {key: value for key, value in dict(config).items() if not key.startswith("_")}
+    settings = {
+        key: value for key, value in dict(config).items() if not key.startswith("_") and key != "quantization_config"
+    }
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 

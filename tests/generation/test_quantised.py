@@ -94,6 +94,20 @@ def test_weights_that_are_read(folders):
             read(model)
 
 
+def test_saved_from_a_model_and_loaded_into_it_quantised(folders, tmp_path):
+    """And the reverse; learned weights are the same in both."""
+    quantised_model, plain = load("wan", folders, "int8")
+    for number, (source, target) in enumerate([(plain, quantised_model), (quantised_model, plain)]):
+        with dit_accel.accelerated(source, "sla", **METHODS["sla"]) as accel:
+            for module in accel.learned_weights().values():
+                torch.nn.init.normal_(module.proj.weight)
+            wanted = {name: module.proj.weight.clone() for name, module in accel.learned_weights().items()}
+            accel.save_pretrained(tmp_path / str(number))
+        with dit_accel.load(target, tmp_path / str(number)) as loaded:
+            for name, module in loaded.learned_weights().items():
+                assert torch.equal(module.proj.weight, wanted[name])
+
+
 @pytest.mark.parametrize("choice", ["int8", "int8-dynamic"])
 def test_offloaded_and_compiled(folders, choice):
     """On a CPU the weights stay, so the outputs are the same."""
@@ -132,6 +146,11 @@ def test_the_command_line(cli, wan_folder, flux_folder, demo, tmp_path, monkeypa
     assert outcome.status == 0, outcome.err
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["request"]["quantize"] == "int8" and record["report"]["sparse_calls"] > 0
+    with dit_accel.accelerated(pipe, "gna", window=0.5) as accel:
+        accel.save_pretrained(tmp_path / "gna")
+    loaded = (*small[:-2], "--load", tmp_path / "gna", "--quantize", "int8", "--output", tmp_path / "loaded.gif")
+    outcome = cli("generate", "--model", "demo", *loaded)
+    assert outcome.status == 0, outcome.err
     pipe.save_pretrained(tmp_path / "saved")
     more = ("--prompts", "demo", "--output", tmp_path / "trained")
     outcome = cli("train", "--model", tmp_path / "saved", "--method", "sla", *more)
