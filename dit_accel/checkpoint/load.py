@@ -15,6 +15,7 @@ from dit_accel.checkpoint.weight_files import locate, open_weights
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks.selfcheck import Verify
 from dit_accel.pipelines.targets import find_transformers
+from dit_accel.setting import Setting
 
 
 def load(
@@ -22,6 +23,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    setting: Setting | None = None,
     verify: Verify | None = None,
     keep_dense_above: float | None = None,
     dense_backend: str | None = None,
@@ -42,6 +44,8 @@ def load(
         path: a folder, a file, or a repository on the Hugging Face Hub, as ``owner/name``, with ``/file.safetensors``
             and ``@revision`` behind it or not. The Hub is asked only if nothing here has that name.
         revision: branch, tag or commit of the repository.
+        setting: in place of the saved one, or of that which published weights were tuned for. Its sparse layers are
+            those that the saved learned weights are for.
         verify, keep_dense_above, dense_backend, cache, replace: as in `accelerate`.
         any_weights: load a fine-tuning into other base weights than those it started from.
         keep_int8: leave published int8 weights in int8, through torchao; otherwise they are dequantised. Move the
@@ -57,7 +61,7 @@ def load(
     how |= {"cache": cache}
     if not (where / checkpoint.SETTINGS_FILE).is_file():
         files = open_weights(where, str(path))
-        return published.load(target, files, config, keep_int8=keep_int8, replace=replace, **how)
+        return published.load(target, files, config, setting, keep_int8=keep_int8, replace=replace, **how)
     if named := [*config, *(["keep_int8"] if keep_int8 else [])]:
         raise DitAccelError(f"{path} is a saved accelerator with settings of its own. Leave out {', '.join(named)}.")
     saved = checkpoint.read(where)
@@ -66,7 +70,7 @@ def load(
     checkpoint.check_identity(where, saved.models, checkpoint.identify(modules))
     accel = accelerate(
         target,
-        saved.setting,
+        saved.setting if setting is None else setting,
         impl=saved.impl,
         replace=replace,
         **how,

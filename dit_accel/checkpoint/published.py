@@ -27,6 +27,7 @@ from dit_accel.checkpoint.weight_files import StoredModel, WeightFiles
 from dit_accel.errors import DitAccelError
 from dit_accel.pipelines.family import Family
 from dit_accel.pipelines.targets import find_transformers
+from dit_accel.setting import Setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,12 +195,18 @@ def learned_shapes(tuned: Tuned, transformer: nn.Module, family: Family) -> dict
 
 
 def load(
-    target: Any, files: WeightFiles, overrides: Mapping[str, Any], *, keep_int8: bool = False, **how: Any
+    target: Any,
+    files: WeightFiles,
+    overrides: Mapping[str, Any],
+    setting: Setting | None = None,
+    *,
+    keep_int8: bool = False,
+    **how: Any,
 ) -> Accelerator:
     """Load published weights.
 
     Args:
-        keep_int8: as in `checkpoint.load`.
+        setting, keep_int8: as in `checkpoint.load`.
         overrides: settings of the method, in place of those that the format says.
         how: arguments of `accelerate`.
 
@@ -214,7 +221,7 @@ def load(
     notes = [f"{fitting.format.name}: weights of {files.name}"]
     notes += [note for reading in fitting.readings.values() for note in reading.notes]
     notes += _int8_notes(fitting, keep_int8)
-    accel = accelerate(target, tuned.method, **how, **tuned.config)
+    accel = accelerate(target, Setting.make(tuned.method, tuned.config) if setting is None else setting, **how)
     try:
         trained = _record(fitting, modules)  # of the base weights: an old accelerator's are gone by now
         learned = {

@@ -24,7 +24,7 @@ from dit_accel.eval.summary import Evaluation, Summary, write
 from dit_accel.eval.sweep import PromptSeed, Sweep, folder_hash
 from dit_accel.files import check_folder, check_ours, hold
 from dit_accel.generation import captioned, prompts, quantised, setup, sources
-from dit_accel.generation.candidate import Candidate
+from dit_accel.generation.candidate import Candidate, told_apart
 from dit_accel.generation.processes import ProcessRank
 from dit_accel.generation.provenance import machine, versions
 from dit_accel.generation.sampling import TotalBar, check_seeds, hide_bars
@@ -207,11 +207,12 @@ def _candidates(methods: Sequence[Candidate]) -> list[Candidate]:
     """The baseline, then the methods, each once."""
     if not methods:
         raise DitAccelError("Nothing to evaluate: give --method METHOD[:KEY=VALUE,...], repeatable, or --suite FILE.")
-    labels = [candidate.label for candidate in methods]
+    apart = told_apart(methods)
+    labels = [candidate.label for candidate in apart]
     for label in labels:
         if labels.count(label) > 1:
             raise DitAccelError(f"{label} is listed twice. Leave one out.")
-    return [Candidate(), *methods]
+    return [Candidate(), *apart]
 
 
 def _count_images(media: tuple[Captioned, ...]) -> int:

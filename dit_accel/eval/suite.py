@@ -32,7 +32,7 @@ from dit_accel.errors import DitAccelError
 from dit_accel.eval.published import Published
 from dit_accel.eval.request import EvalRequest
 from dit_accel.generation import sources
-from dit_accel.generation.candidate import Candidate
+from dit_accel.generation.candidate import Candidate, told_apart
 from dit_accel.generation.request import MethodOptions, Subject
 
 SUITES = Path(__file__).parent / "suites"
@@ -77,7 +77,7 @@ def methods(
 
     An entry is text, or a mapping with a schedule, a saved accelerator or a level; `subject` is what a level is for.
     """
-    candidates, published = [], []
+    candidates, figures = [], []
     for entry in listed or ():
         said = {"method": entry} if isinstance(entry, str) else entry
         said = dict(said) if isinstance(said, dict) else {}
@@ -89,5 +89,7 @@ def methods(
             )
         candidate = values.build(MethodOptions, said, "A method of a suite").candidate(subject)
         candidates.append(candidate)
-        published += [Published.build(one, candidate.label) for one in ([shown] if isinstance(shown, dict) else shown)]
-    return candidates, published
+        figures.append([shown] if isinstance(shown, dict) else shown)
+    apart = told_apart(candidates)
+    labelled = zip(apart, figures, strict=True)
+    return apart, [Published.build(one, candidate.label) for candidate, entries in labelled for one in entries]

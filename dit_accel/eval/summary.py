@@ -153,10 +153,10 @@ def _command(done: Evaluation, candidate: Candidate) -> list[str]:
     if candidate.folder is not None:
         options["load"] = candidate.published or candidate.folder
         options |= {"set": tuple(f"{key}={value_text(value)}" for key, value in candidate.overrides.items())}
+        options |= candidate.words
+        options |= {name: True for name in ("any_weights", "keep_int8") if getattr(candidate, name)}
     elif setting is not None:
         options |= {"method": setting.title} | setting.words()
-    if candidate.folder is not None and setting is not None and setting.dense_backend is not None:
-        options["dense_backend"] = setting.dense_backend
     return [*generating(options), "--output", "out.mp4" if done.grid.frames > 1 else "out.png"]
 
 

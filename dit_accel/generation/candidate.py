@@ -39,6 +39,8 @@ class Candidate:
         published: what the user calls the published weights; None for a saved accelerator.
         overrides: settings in place of those that the published weights say.
         notes: remarks for its reports.
+        words: the back end and the step cache that the user gave in place of those of the folder.
+        parts: how many parts of the folder's path the label has.
     """
 
     setting: Setting | None = None
@@ -49,6 +51,8 @@ class Candidate:
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     keep_int8: bool = False
     notes: tuple[str, ...] = ()
+    words: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if self.setting is not None and self.setting.dense_backend is not None:
@@ -93,10 +97,10 @@ class Candidate:
             overrides = parse_method(detected.tuned(files).method, settings)[1]
             tuned = published.settings(detected, files, overrides)
             setting = Setting.make(tuned.method, tuned.config).changed(**words)
-            return cls(setting, where, False, dict(tuned.call), str(path), overrides, keep_int8)
+            return cls(setting, where, False, dict(tuned.call), str(path), overrides, keep_int8, words=words)
         saved = checkpoint.read(path)
         call = {} if saved.trained is None else saved.trained["call"]
-        return cls(saved.setting.changed(**words), path, any_weights, call)
+        return cls(saved.setting.changed(**words), path, any_weights, call, words=words)
 
     @property
     def method(self) -> str:
@@ -106,7 +110,8 @@ class Candidate:
     @property
     def computes_densely(self) -> bool:
         """Whether each step that it computes is one of the untouched pipeline, as with a step cache alone."""
-        return self.setting is None or (self.folder is None and self.without_schedule().setting == Setting.make(DENSE))
+        own = self.setting is None or self.setting.dense_backend is None
+        return own and self.folder is None and self.method == DENSE
 
     @property
     def layered(self) -> bool:
@@ -122,10 +127,15 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """The setting as a user types it, and the name of the folder."""
+        """The setting as a user types it, and the last `parts` of the folder's path."""
         if self.setting is None:
             return BASELINE
-        return self.setting.text + ("" if self.folder is None else f" from {Path(self.published or self.folder).name}")
+        return self.setting.text + (f" from {Path(*self.path_parts[-self.parts :])}" if self.path_parts else "")
+
+    @property
+    def path_parts(self) -> tuple[str, ...]:
+        """Of the folder's path, or of what the user calls the published weights."""
+        return () if self.folder is None else Path(self.published or self.folder).parts
 
     def plans(self, grid: TokenGrid) -> list[Plan]:
         """The plan of each of its `Setting.configs` on a grid; what does not fit, or keeps every pair, is refused."""
@@ -162,16 +172,30 @@ class Candidate:
             accel = accelerator.accelerate(pipe, self.setting, **how)
             accel.add_notes(self.notes)
             return accel
-        how |= {
-            "dense_backend": self.setting.dense_backend,
-            "cache": self.setting.cache,
-            "any_weights": self.any_weights,
-            "keep_int8": self.keep_int8,
-            **self.overrides,
-        }
-        return saved.load(pipe, self.folder, **how)
+        how |= {"setting": self.setting, "any_weights": self.any_weights, "keep_int8": self.keep_int8}
+        return saved.load(pipe, self.folder, **how, **self.overrides)
 
-    def without_schedule(self) -> Candidate:
-        """The same without dense steps and layers and step cache, so that a single step runs the method."""
+    def without_dense_steps(self) -> Candidate:
+        """The same without dense steps and step cache, so that a single step runs the method.
+
+        Dense layers stay, as a folder has no learned weights for them.
+        """
         assert self.setting is not None
-        return dataclasses.replace(self, setting=dataclasses.replace(self.setting, schedule=Schedule(), cache=None))
+        schedule = Schedule(dense_layers=self.setting.schedule.dense_layers)
+        return dataclasses.replace(self, setting=dataclasses.replace(self.setting, schedule=schedule, cache=None))
+
+
+def told_apart(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """The candidates, with as much of a folder's path in each label as it takes to tell them apart."""
+    apart = list(candidates)
+    while True:
+        labels = [candidate.label for candidate in apart]
+        longer = [
+            dataclasses.replace(candidate, parts=candidate.parts + 1)
+            if labels.count(candidate.label) > 1 and candidate.parts < len(candidate.path_parts)
+            else candidate
+            for candidate in apart
+        ]
+        if longer == apart:
+            return apart
+        apart = longer

@@ -195,11 +195,11 @@ def warm_up(pipe: DiffusionPipeline, arguments: Mapping[str, Any], candidate: Ca
     """Run one denoising step, or the `whole` loop to compile it, so that set-up is not timed.
 
     Where one step is refused the whole loop runs: a schedule may need both its ends, or guidance for each step.
-    A method's one step runs without its schedule, by which it could be dense.
+    A method's one step runs without its dense steps and its step cache.
     """
     sampling.hide_bars(pipe)
     dense = candidate.setting is None
-    with contextlib.nullcontext() if dense else (candidate if whole else candidate.without_schedule()).apply(pipe):
+    with contextlib.nullcontext() if dense else (candidate if whole else candidate.without_dense_steps()).apply(pipe):
         if not whole:
             with contextlib.suppress(DitAccelError):
                 sampling.call(pipe, {**arguments, "num_inference_steps": 1}, seed=0)

@@ -4,10 +4,13 @@ import itertools
 import json
 
 import pytest
+import torch
 from messages import names, says
 
+import dit_accel
 from dit_accel.errors import DitAccelError
 from dit_accel.eval import layout, suite
+from dit_accel.generation import sources
 from dit_accel.tokens import TokenGrid
 from dit_accel.values import names_in
 
@@ -156,3 +159,23 @@ def test_levels_and_published_figures(tmp_path):
 def test_the_layout_of_vbench_refuses(prompts, frames):
     with pytest.raises(DitAccelError, match=names("--layout vbench")):
         layout.check(prompts, frames)
+
+
+def test_folders_of_one_name_are_rows_whose_commands_load_them_as_here(cli, demo, tmp_path):
+    setting = "gna:window=0.5 cache=steps:computed=0x1"
+    folders = [tmp_path / place / "tuned" for place in ("a", "b")]
+    pipe = sources.load(sources.find("demo"), torch.float32, torch.device("cpu"))
+    for folder in folders:
+        with dit_accel.accelerated(pipe, setting) as accel:
+            accel.save_pretrained(folder)
+    listed = [f"{{load: {folders[0]}, cache: none}}", *(f"{{load: {folder}}}" for folder in folders)]
+    (tmp_path / "suite.yaml").write_text(f"methods: [{', '.join(listed)}]\nmetrics: [psnr]\n")
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    size = ("--frames", 5, "--height", 32, "--width", 48, "--steps", 2, "--prompts", tmp_path / "prompts.txt")
+    outcome = cli("eval", *size, "--suite", tmp_path / "suite.yaml", "--output", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"][1:]
+    labels = ["gna:window=0.5 from tuned", f"{setting} from a/tuned", f"{setting} from b/tuned"]
+    assert [row["label"] for row in rows] == labels and rows[0]["cache"] is None
+    loads = [row["command"].partition(" --load ")[2].split()[:-2] for row in rows]
+    assert loads == [[str(folders[0]), "--cache", "none"], *([str(folder)] for folder in folders)]
