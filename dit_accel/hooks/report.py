@@ -237,7 +237,7 @@ class Tally:
         """
         with torch.inference_mode(False):
             if step in self._measured:
-                self._measured[step] += density_sum
+                self._measured[step] += density_sum.to(self._measured[step].device)  # of an earlier run, elsewhere
             else:
                 self._measured[step] = density_sum.clone()
             density_sum.zero_()

@@ -125,7 +125,7 @@ class HeadRouter(nn.Module):
         """The gates of queries [B, h, N, D]."""
         q, shared = q.detach(), self.shared
         wide, routed = torch.promote_types(q.dtype, torch.float32), q.shape[1] - shared
-        logits = F.linear(q.transpose(1, 2).flatten(2), self.weight.to(q.dtype)).to(wide).mT
+        logits = F.linear(q.transpose(1, 2).flatten(2), self.weight.to(q)).to(wide).mT
         norms = torch.linalg.vector_norm(q[:, shared:], dim=-1, dtype=wide) * q.shape[-1] ** -0.5
         shares = (logits[:, :routed] + norms).softmax(1)
         taken = torch.zeros_like(shares, dtype=torch.bool).scatter_(1, shares.topk(self.routed, 1).indices, True)

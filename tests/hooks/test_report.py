@@ -1,7 +1,10 @@
 """What a report looks like in a terminal and in a notebook."""
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 import dit_accel
-from dit_accel.hooks.report import GRIDS_SHOWN, LayerReport, Report
+from dit_accel.hooks.report import GRIDS_SHOWN, LayerReport, Report, Tally
 from dit_accel.setting import Setting
 
 
@@ -34,3 +37,10 @@ def test_an_accelerator_shows_its_report(tiny_wan):
     with dit_accel.accelerate(tiny_wan(), "radial") as accel:
         assert len(repr(accel).splitlines()) == 1
         assert "<table>" in accel._repr_html_() and "not called" in accel._repr_html_()
+
+
+def test_densities_of_a_step_add_up_when_the_model_has_moved_since():
+    tally = Tally()
+    with FakeTensorMode():
+        tally.measure(0, torch.zeros(2, device="cuda"))
+        tally.measure(0, torch.zeros(2))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accuracy import assert_accurate, plain_attention
 from messages import names
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dit_accel
 from dit_accel.errors import DitAccelError
@@ -134,6 +135,14 @@ def test_the_self_check_knows_which_heads_a_token_takes():
     share = plan.route(q, k, module=module).counts.double().mean(-1)
     torch.testing.assert_close(check.mass, share, atol=1e-6, rtol=0)
     assert (check.error[:, 0] < 1e-5).all() and (check.error[:, 1:] > 0.1).all()
+
+
+def test_the_router_computes_where_its_queries_are():
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            module = HeadRouter(DIM, HEADS, Config(**SETTINGS["one"]))
+        gates = module(torch.zeros(1, HEADS, 5, DIM))
+    assert module.weight.device.type == "cuda" and {part.device.type for part in gates} == {"cpu"}
 
 
 def test_the_load_balance_loss_is_the_papers():
