@@ -128,6 +128,38 @@ def test_base_weights_that_do_not_fit_learned_ones_name_remove(tiny_wan):
     assert "load_state_dict" not in vars(transformer)
 
 
+@pytest.mark.parametrize("set_since", [False, True])
+def test_methods_that_the_user_set_on_a_model_stay(set_since, tiny_wan):
+    """Before `accelerate`, they are called through ours and put back; since then, they are left alone."""
+    transformer, mine = (
+        tiny_wan(),
+        {name: lambda *args, **kwargs: "mine" for name in ("save_pretrained", "load_state_dict")},
+    )
+    if not set_since:
+        vars(transformer).update(mine)
+    accel = dit_accel.accelerate(transformer, "sla", block=16)
+    if set_since:
+        vars(transformer).update(mine)
+    assert transformer.save_pretrained("folder") == "mine" == transformer.load_state_dict({})
+    accel.remove()
+    assert {name: vars(transformer)[name] for name in mine} == mine
+
+
+@pytest.mark.parametrize("method", ["gna", "sparge:block=16,block_q=16,order=morton"])
+def test_a_removed_processor_that_is_set_again_runs_the_models_own(method, tiny_wan, wan_inputs):
+    """As `unfuse_qkv_projections` does with those that `fuse_qkv_projections` saved."""
+    transformer, inputs = tiny_wan(), wan_inputs()
+    before = run(transformer, inputs)
+    config = WINDOW if method == "gna" else {}
+    accel = dit_accel.accelerate(transformer, method, **config)
+    assert not torch.equal(run(transformer, inputs), before)
+    saved = dict(transformer.attn_processors)
+    accel.remove()
+    transformer.set_attn_processor(saved)
+    assert torch.equal(run(transformer, inputs), before)
+    assert accel.report().layers[0].sparse_calls == 1
+
+
 def test_every_layer_dense_is_said_at_once(tiny_wan):
     transformer = tiny_wan()
     with pytest.warns(DitAccelWarning, match=names("gna", "dense")):

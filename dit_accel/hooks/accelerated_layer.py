@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from dit_accel import registry
 from dit_accel.errors import DitAccelError
 from dit_accel.hooks import selfcheck
 from dit_accel.hooks.report import LayerReport, Tally
@@ -75,7 +73,8 @@ class AcceleratedLayer:
         if self.attention.processor is self.ours:
             self.ours.settle()
             self.attention.processor = self.original
-        self.attached = False
+        self.ours.stored.clear()
+        self.ours.watch, self.attached = None, False
         return self.attention.processor is self.original
 
     def adopt(self) -> None:
@@ -176,41 +175,6 @@ def copy_error(transformer: nn.Module) -> DitAccelError:
         f"This {type(transformer).__name__} is a copy of an accelerated one and would follow the original's calls. "
         "Call remove() before copying, or copy first and accelerate the copy."
     )
-
-
-def naming_remove(load: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's `load_state_dict`, whose error says what to do where a state lacks the method's learned weights."""
-
-    @functools.wraps(load)
-    def load_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return load(self, *args, **kwargs)
-        except RuntimeError as error:
-            if not any(f".{name}." in str(error) for name in registry.learned_attributes()):
-                raise
-            raise RuntimeError(
-                f"{error}\nAn accelerator's learned weights are part of this model while it is at work, as those of a "
-                "PEFT adapter are. Call its remove() before loading the model's own weights, or pass strict=False."
-            ) from error
-
-    return load_state_dict
-
-
-def without_learned(save: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's `save_pretrained` that writes the model's own weights: the accelerator saves the learned ones."""
-
-    @functools.wraps(save)
-    def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        learned = registry.learned_attributes()
-        parts = [(module, name) for module in self.modules() for name in learned if name in module._modules]
-        taken_out = [(module, name, module._modules.pop(name)) for module, name in parts]
-        try:
-            return save(self, *args, **kwargs)
-        finally:
-            for module, name, part in taken_out:
-                module._modules[name] = part
-
-    return save_pretrained
 
 
 @torch.compiler.assume_constant_result

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +17,7 @@ from dit_accel.hooks.accelerated_layer import (
     AcceleratedLayer,
     copy_error,
     find_layers,
-    naming_remove,
     refuse_export,
-    without_learned,
 )
 from dit_accel.hooks.arranged_stack import ArrangedStack
 from dit_accel.hooks.dense_backend import DenseBackend
@@ -28,6 +25,7 @@ from dit_accel.hooks.levels import Level
 from dit_accel.hooks.plan_cache import PlanCache
 from dit_accel.hooks.selfcheck import SelfCheck, Watching
 from dit_accel.hooks.several import Several
+from dit_accel.hooks.state_methods import StateMethods
 from dit_accel.hooks.steps import StepClock
 from dit_accel.kernels.impls import Impl
 from dit_accel.method import Method
@@ -108,6 +106,7 @@ class Engine(AtWork):
             models = tuple(str(getattr(source, "_name_or_path", "")) for source in sources)
             self.cache = CacheAtWork(name, transformer, family, setting.cache, models, self.several.add_up)
         self._arranged = ArrangedStack(transformer, family, self.layers, self.cache)
+        self._state_methods = StateMethods(transformer)
 
     def _state(self, config: Any, reason: str | None, sees_text: bool) -> CallState:
         """The state of a layer."""
@@ -132,13 +131,8 @@ class Engine(AtWork):
             module = None if layer.dense_reason is not None else self._method.learned(ramps.at(layer.config))
             attention, family = layer.attention, self._family
             layer.attach(module, family.channels(attention), family.head_dim(attention), family.heads(attention))
-        if self._method.module is not None and hasattr(self._transformer, "save_pretrained"):
-            kind: Any = type(self._transformer)
-            save = types.MethodType(without_learned(kind.save_pretrained), self._transformer)
-            self._transformer.save_pretrained = save  # type: ignore[assignment]
         if self._method.module is not None:
-            load = naming_remove(type(self._transformer).load_state_dict)
-            self._transformer.load_state_dict = types.MethodType(load, self._transformer)  # type: ignore[method-assign]
+            self._state_methods.set()
         # Dynamo traces the first hook of a compiled transformer, which shows that it is compiled, and not the second.
         self._handles = [
             self._transformer.register_forward_pre_hook(self._note_compiled),
@@ -168,8 +162,11 @@ class Engine(AtWork):
             handle.remove()
         self._handles, self._owner = [], None
         self._dense_backend.undo()
-        for name in ("save_pretrained", "load_state_dict"):
-            vars(self._transformer).pop(name, None)
+        self._state_methods.undo()
+        self._arranged.end()
+        for state in (*self._states.values(), *self._dense_states.values()):
+            state.end()  # somebody may set our processors again: they run the model's own
+        self._last = dict.fromkeys(self._states, "removed")
         return [f"{self.name}.{layer.name}" for layer in self.layers if not layer.detach()]
 
     def count_last_call(self) -> None:
@@ -206,8 +203,6 @@ class Engine(AtWork):
 
     def _make_hook(self) -> Callable[..., Any]:
         """`_before_call`, untraced; in an export, whose tensors have no values to decide by, the last decision."""
-        from torch._dynamo.eval_frame import skip_code
-
         outside = torch.compiler.disable(self._before_call)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -217,8 +212,7 @@ class Engine(AtWork):
                 refuse_export(type(module).__name__)
             return self._omit_masks(args, kwargs)
 
-        skip_code(hook.__code__)  # no graph of its own; strict export still traces it as a part of the call
-        return hook
+        return _without_graph(hook)
 
     def _before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -295,15 +289,8 @@ class Engine(AtWork):
 
     def _make_after(self) -> Callable[..., None]:
         """`_after_call`, untraced."""
-        from torch._dynamo.eval_frame import skip_code
-
         outside = torch.compiler.disable(self._after_call)
-
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            outside()
-
-        skip_code(hook.__code__)
-        return hook
+        return _without_graph(lambda module, args, output: outside())
 
     def _after_call(self) -> None:
         """Record what the step cache skipped; free what skipped layers keep after the last step."""
@@ -392,3 +379,11 @@ class Engine(AtWork):
         last = last and not torch.is_grad_enabled()  # else a backward pass may recompute the call
         for state in self._states.values():
             state.step = step.index, self._number, last
+
+
+def _without_graph(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, which gets no graph of its own; strict export still traces it as a part of the call."""
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(hook.__code__)
+    return hook

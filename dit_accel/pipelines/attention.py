@@ -82,6 +82,12 @@ class CallState:
         self.sparse, self.dense, self.segments = True, dense, segments
         self.rows = None if rows is None else (rows, rows.argsort(-1))
 
+    def end(self) -> None:
+        """No plan computes calls from now on, and nothing of the last call is held."""
+        self.sparse = self.dense = False
+        self.plan = self.text_lens = self.text_bias = self.rows = self.ulysses = self.step = None
+        self.segments = ()
+
     def text_of(self, samples: int) -> tuple[Tensor | None, Tensor | None]:
         """Lengths and bias for an attention call of that many samples.
 
@@ -313,7 +319,7 @@ def planned_attention(
         DitAccelError: as there, or the accelerator was removed.
     """
     layer = _LAYERS.get(int(key))
-    if layer is None:
+    if layer is None or layer.state.plan is None:
         raise DitAccelError("This compiled model was accelerated, and its accelerator is gone; compile it again.")
     if not record:
         ticket = torch.zeros(1, dtype=torch.int64, device="cpu")
