@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 import weakref
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from dit_accel.caches.ratios import MagRatios, mag_ratios
 from dit_accel.caches.record import BranchReport, CacheReport, size_of
 from dit_accel.caches.step_cache import ChosenSteps, StepCache
 from dit_accel.errors import DitAccelError, DitAccelWarning
-from dit_accel.pipelines.family import Family, fits_path
+from dit_accel.pipelines.family import Family
 
 if TYPE_CHECKING:
     from dit_accel.caches.listed_steps import ListedCall
@@ -152,8 +151,6 @@ class CacheAtWork:
         _OURS.add(self._transformer)
 
     def _put(self) -> None:
-        from diffusers import hooks
-
         config: Any
         if self.cache.name in BLOCK_CACHES:
             from dit_accel.caches import residuals
@@ -162,17 +159,14 @@ class CacheAtWork:
                 self._listed = residuals.ListedCall(self._chosen)
             config = self.cache.build() if self.cache.name == "first-block" else self._mag_config()
             residuals.put(self._transformer, self._stack, config, self._add_up, self._listed)
-        elif self.cache.name == "taylorseer":
-            config = self._taylorseer_config()
-            hooks.apply_taylorseer_cache(self._transformer, config)
-        elif self.cache.name == "sea":
-            from dit_accel.caches import streams
+        elif self.cache.name in ("taylorseer", "sea"):
+            from dit_accel.caches import lookups
 
-            self._check_sea()
-            streams.describe(self._transformer, self._stack)
-            config = self.cache.build(raw_vision_callback=streams.latents)
-            hooks.apply_sea_cache(self._transformer, config)
+            put = lookups.put_sea if self.cache.name == "sea" else lookups.put_taylorseer
+            config = put(self._transformer, self._stack, self.cache)
         else:
+            from diffusers import hooks
+
             config = self.cache.build(current_timestep_callback=self._now)
             apply = hooks.apply_faster_cache if self.cache.name == "faster" else hooks.apply_pyramid_attention_broadcast
             apply(self._transformer, config)
@@ -187,29 +181,6 @@ class CacheAtWork:
             return StepCache("mag").build(mag_ratios=[1.0], num_inference_steps=1)
         steps = self.cache.config.get("num_inference_steps", len(self._ratios.cond))
         return self.cache.build(mag_ratios=list(self._ratios.cond), num_inference_steps=steps)
-
-    def _taylorseer_config(self) -> Any:
-        """Lite mode by the names that this model has: Diffusers' patterns know ``*block*`` and ``proj_out`` alone."""
-        config = self.cache.build()
-        if not config.use_lite_mode:
-            return config
-        blocks = [name for name, _, _ in self._stack.blocks(self._transformer)]
-        names = [name for name, _ in self._transformer.named_modules()]
-        blocks += [name for name in names if re.fullmatch(r"[^.]*block[^.]*\.[^.]+", name) and name not in blocks]
-        if self._stack.last_alone:
-            blocks.remove([name for name, _, _ in self._stack.blocks(self._transformer)][-1])
-        outputs = [name for name in names if any(fits_path(path, name) for path in self._stack.outputs)]
-        identifiers = {"skip_predict_identifiers": [re.escape(name) for name in blocks]}
-        identifiers["cache_identifiers"] = [re.escape(name) for name in outputs]
-        return dataclasses.replace(config, use_lite_mode=False, **identifiers)
-
-    def _check_sea(self) -> None:
-        if not self._stack.latent:
-            kind = type(self._transformer).__name__
-            raise DitAccelError(
-                f"sea reads the latent video of Wan, ChronoEdit and HunyuanVideo. {kind} takes another input, or adds "
-                "something between its blocks. Use first-block, mag, taylorseer or steps."
-            )
 
     def detach(self) -> None:
         """Take the cache off: hooks, forwards and registries are as before."""

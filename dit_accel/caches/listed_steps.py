@@ -82,13 +82,14 @@ class ListedCall:
 
 
 class ListedHook(ModelHook):
-    """A hook of a block: its streams, and the call under way."""
+    """A hook of a block: its streams, which `residuals.put` sets, and the call under way."""
 
     _is_stateful = True
+    _metadata: StreamMetadata
 
-    def __init__(self, streams: StreamMetadata, state_manager: Any, call: ListedCall) -> None:
+    def __init__(self, state_manager: Any, call: ListedCall) -> None:
         super().__init__()
-        self._metadata, self.state_manager, self._call = streams, state_manager, call
+        self.state_manager, self._call = state_manager, call
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.state_manager.reset()
@@ -123,7 +124,7 @@ class ListedTail(ListedHook):
     """The last block: what it returns, or its difference to what the first one took, is left for skipped calls."""
 
     def __init__(self, tail: Tail, state_manager: Any, call: ListedCall) -> None:
-        super().__init__(tail.metadata, state_manager, call)
+        super().__init__(state_manager, call)
         self._tail = tail
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

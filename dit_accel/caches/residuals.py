@@ -17,46 +17,50 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.hooks import (
-    FirstBlockCacheConfig,
-    HookRegistry,
-    MagCacheConfig,
-    apply_first_block_cache,
-    apply_mag_cache,
+from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, MagCacheConfig
+from diffusers.hooks.first_block_cache import (
+    _FBC_BLOCK_HOOK,
+    _FBC_LEADER_BLOCK_HOOK,
+    FBCBlockHook,
+    FBCHeadBlockHook,
+    FBCSharedBlockState,
 )
-from diffusers.hooks.first_block_cache import _FBC_BLOCK_HOOK, _FBC_LEADER_BLOCK_HOOK, FBCBlockHook, FBCHeadBlockHook
 from diffusers.hooks.hooks import StateManager
 from diffusers.hooks.mag_cache import (
     _MAG_CACHE_BLOCK_HOOK,
     _MAG_CACHE_LEADER_BLOCK_HOOK,
     MagCacheBlockHook,
     MagCacheHeadHook,
+    MagCacheState,
 )
 from torch import nn
 
 from dit_accel.caches.listed_steps import ListedCall, ListedHead, ListedMiddle, ListedState, ListedTail
-from dit_accel.caches.streams import StreamMetadata, Tail, describe
+from dit_accel.caches.streams import Tail, describe
 from dit_accel.pipelines.stacks import BlockStack
 
 Add = Callable[[torch.Tensor], torch.Tensor]  # sums over the processes that share a sequence
 AddNow = Callable[[], Add | None]  # None where one process has it all
 
 
-class FirstBlockHead(FBCHeadBlockHook):
-    """The first block: it always runs, and its residual decides about the others."""
-
-    def __init__(self, streams: StreamMetadata, state_manager: Any, threshold: float, add_up: AddNow) -> None:
-        super().__init__(state_manager, threshold)
-        self._streams, self._add_up = streams, add_up
+class Described:
+    """A hook of Diffusers' whose `_metadata` is set by `put`, and not looked up by the block's class."""
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
-        self._metadata = self._streams
         return module
+
+
+class FirstBlockHead(Described, FBCHeadBlockHook):
+    """The first block: it always runs, and its residual decides about the others."""
+
+    def __init__(self, state_manager: Any, threshold: float, add_up: AddNow) -> None:
+        super().__init__(state_manager, threshold)
+        self._add_up = add_up
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = super().new_forward(module, *args, **kwargs)
         state = self.state_manager.get_state()
-        state.answer = None if state.should_compute else self._streams.returned(output)
+        state.answer = None if state.should_compute else self._metadata.returned(output)
         return output
 
     @torch.compiler.disable
@@ -70,15 +74,16 @@ class FirstBlockHead(FBCHeadBlockHook):
         return bool(change / size > self.threshold)
 
 
-class FirstBlockTail(FBCBlockHook):
+class FirstBlockMiddle(Described, FBCBlockHook):
+    """A block between them."""
+
+
+class FirstBlockTail(Described, FBCBlockHook):
     """The last block: what it returns minus what the first one did is the residual of the others."""
 
     def __init__(self, tail: Tail, state_manager: Any) -> None:
         super().__init__(state_manager, is_tail=True)
         self._tail = tail
-
-    def initialize_hook(self, module: nn.Module) -> nn.Module:
-        return module
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state, tail = self.state_manager.get_state(), self._tail
@@ -93,40 +98,33 @@ class FirstBlockTail(FBCBlockHook):
         return output
 
 
-class MagHead(MagCacheHeadHook):
+class MagHead(Described, MagCacheHeadHook):
     """The first block: in a skipped call it returns its input plus the residual of the last computed call."""
-
-    def __init__(self, streams: StreamMetadata, state_manager: Any, config: MagCacheConfig) -> None:
-        super().__init__(state_manager, config)
-        self._streams = streams
-
-    def initialize_hook(self, module: nn.Module) -> nn.Module:
-        self._metadata = self._streams
-        return module
 
     @torch.compiler.disable
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = super().new_forward(module, *args, **kwargs)
         state = self.state_manager.get_state()
-        state.taken = self._streams.arguments(args, kwargs)
+        state.taken = self._metadata.arguments(args, kwargs)
         if state.should_compute:
             return output
-        visual, second = self._streams.returned(output)[0], state.taken[1]  # Diffusers has added to the visual stream
+        visual, second = self._metadata.returned(output)[0], state.taken[1]  # Diffusers has added to the visual stream
         for residual in state.residuals[1:]:
             second = second + residual.to(second.device)
         state.answer = visual, second
-        return self._streams.output(*state.answer)
+        return self._metadata.output(*state.answer)
 
 
-class MagTail(MagCacheBlockHook):
+class MagMiddle(Described, MagCacheBlockHook):
+    """A block between them."""
+
+
+class MagTail(Described, MagCacheBlockHook):
     """The last block: the cache keeps the difference between its output and the first block's input."""
 
     def __init__(self, tail: Tail, state_manager: Any, config: MagCacheConfig, add_up: AddNow) -> None:
         super().__init__(state_manager, True, config)
         self._tail, self._add_up = tail, add_up
-
-    def initialize_hook(self, module: nn.Module) -> nn.Module:
-        return module
 
     @torch.compiler.disable
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -162,37 +160,29 @@ def put(
         listed: the calls of a list of steps, which then decides in MagCache's place.
     """
     described = describe(transformer, stack)
-    stand_in = nn.Module()
-    stand_in.blocks = nn.ModuleList([block for block, _ in described])
-    first = isinstance(config, FirstBlockCacheConfig)
-    (apply_first_block_cache if first else apply_mag_cache)(stand_in, config)
-    lead, rest = (
-        (_FBC_LEADER_BLOCK_HOOK, _FBC_BLOCK_HOOK) if first else (_MAG_CACHE_LEADER_BLOCK_HOOK, _MAG_CACHE_BLOCK_HOOK)
-    )
-    registries = [HookRegistry.check_if_exists_or_initialize(block) for block, _ in described]
-    (_, head_streams), *between, (_, tail_streams) = described
-    tail = Tail(tail_streams, head_streams.tuple and not tail_streams.tuple, stack.image_first, stack.both)
-    states = registries[0].get_hook(lead).state_manager
-    hooks: list[Any] = [registry.get_hook(rest) for registry in registries[1:-1]]
+    (_, streams), *between, (_, last_streams) = described
+    tail = Tail(last_streams, streams.tuple and not last_streams.tuple, stack.image_first, stack.both)
+    names = _MAG_CACHE_LEADER_BLOCK_HOOK, _MAG_CACHE_BLOCK_HOOK
+    hooks: list[Any]
     if listed is not None:
         states = StateManager(ListedState)
-        hooks = [ListedMiddle(streams, states, listed) for _, streams in between]
-        ends: tuple[Any, Any] = ListedHead(head_streams, states, listed), ListedTail(tail, states, listed)
-    elif first:
-        ends = FirstBlockHead(head_streams, states, config.threshold, add_up), FirstBlockTail(tail, states)
+        hooks = [ListedHead(states, listed), *(ListedMiddle(states, listed) for _ in between)]
+        hooks.append(ListedTail(tail, states, listed))
+    elif isinstance(config, FirstBlockCacheConfig):
+        names, states = (_FBC_LEADER_BLOCK_HOOK, _FBC_BLOCK_HOOK), StateManager(FBCSharedBlockState)
+        hooks = [FirstBlockHead(states, config.threshold, add_up), *(FirstBlockMiddle(states) for _ in between)]
+        hooks.append(FirstBlockTail(tail, states))
     else:
-        ends = MagHead(head_streams, states, config), MagTail(tail, states, config, add_up)
-    for hook, (_, streams) in zip(hooks, between, strict=True):
+        states = StateManager(MagCacheState)
+        hooks = [MagHead(states, config), *(MagMiddle(states, config=config) for _ in between)]
+        hooks.append(MagTail(tail, states, config, add_up))
+    for (block, streams), hook in zip(described, hooks, strict=True):
         hook._metadata = streams
-    names = [lead, *[rest] * (len(registries) - 1)]
-    for registry, name, hook in zip(registries, names, [ends[0], *hooks, ends[1]], strict=True):
-        if registry.get_hook(name) is hook:
-            continue
-        registry.remove_hook(name, recurse=False)
-        sharding = registry._hook_order if hook in ends else ()
-        shards = {other: registry.get_hook(other) for other in sharding if other.startswith("cp_")}
-        for other in shards:
-            registry.remove_hook(other, recurse=False)
-        registry.register_hook(hook, name)
-        for other, shard in shards.items():  # outside ours, which then sees this process's share alone
-            registry.register_hook(shard, other)
+        registry = HookRegistry.check_if_exists_or_initialize(block)
+        sharding = registry._hook_order if hook in (hooks[0], hooks[-1]) else ()
+        shards = {name: registry.get_hook(name) for name in sharding if name.startswith("cp_")}
+        for name in shards:
+            registry.remove_hook(name, recurse=False)
+        registry.register_hook(hook, names[hook is not hooks[0]])
+        for name, shard in shards.items():  # outside ours, which then sees this process's share alone
+            registry.register_hook(shard, name)

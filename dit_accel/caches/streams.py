@@ -10,8 +10,7 @@ import inspect
 from typing import Any
 
 import torch
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.utils.torch_utils import unwrap_module
+from diffusers.hooks._helpers import TransformerBlockMetadata
 from torch import nn
 
 from dit_accel.pipelines.stacks import BlockStack, Streams
@@ -102,19 +101,7 @@ class Tail:
 
 
 def describe(transformer: nn.Module, stack: BlockStack) -> list[tuple[nn.Module, StreamMetadata]]:
-    """The blocks of a stack with their streams; Diffusers' registry gets those of classes that it does not know."""
-    described = [
+    """The blocks of a stack with their streams."""
+    return [
         (block, StreamMetadata(type(block), streams, stack.visual)) for _, block, streams in stack.blocks(transformer)
     ]
-    for block, metadata in described:
-        if type(block) not in TransformerBlockRegistry._registry:
-            TransformerBlockRegistry.register(type(block), metadata)
-    return described
-
-
-def latents(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """By sample, the latent video [C, T, H, W] that a call denoises: conditioning channels stand behind it."""
-    module: Any = unwrap_module(transformer)
-    call = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-    channels = module.config.out_channels or module.config.in_channels
-    return list(call["hidden_states"][:, :channels])
