@@ -236,8 +236,11 @@ class CacheAtWork:
             self._shapes[self._branch] = now.shape
         if now.index is not None and self._listed is not None:
             self._listed.begin(managers[0].get_state(), now.index)
-        elif now.index is not None and self.cache.name == "mag":
-            self._lead_mag(managers[0], now)
+        elif self.cache.name in BLOCK_CACHES:
+            state = managers[0].get_state()
+            state.should_compute, state.head_ran = True, False  # the first block may not run, as in skip-layer guidance
+            if now.index is not None and self.cache.name == "mag":
+                self._lead_mag(state, now)
 
     def _note_gone(self) -> None:
         """Say once that the cache is at work no longer."""
@@ -274,10 +277,10 @@ class CacheAtWork:
                 "call set_step(i, n), or set num_inference_steps."
             )
 
-    def _lead_mag(self, manager: Any, now: Moment) -> None:
+    def _lead_mag(self, state: Any, now: Moment) -> None:
         """Set MagCache's step and ratios: a branch may be absent in some steps, and begin in the middle (Wan 2.2)."""
         assert now.index is not None
-        manager.get_state().step_index = now.index
+        state.step_index = now.index
         assert self._ratios is not None
         steps = now.count or self.cache.config["num_inference_steps"]
         # one more than there are: at the last, Diffusers would print a calibration and forget it
@@ -326,8 +329,8 @@ class CacheAtWork:
         report.steps[index] = ran / layers
         self._kept_bytes = max(self._kept_bytes, self.size)
         if self._calibrate and index is not None:
-            state = self._managers[0]._state_cache[self._branch]
-            self._calibration.setdefault(self._branch, {})[index] = state.calibration_ratios[-1]
+            if ratios := self._managers[0]._state_cache[self._branch].calibration_ratios:
+                self._calibration.setdefault(self._branch, {})[index] = ratios[-1]
         if index is not None and self._moment.count is not None and index + 1 >= self._moment.count:
             self._forget(self._branch)
 

@@ -42,6 +42,7 @@ class ListedCall:
 
     Attributes:
         computes: whether its blocks run.
+        answered: the first block has answered for the others. It may not run at all, as in skip-layer guidance.
         answers: of a skipped call, by stream: the residual to add, or the output itself.
         streams: in a computed call what the first block took, in a skipped one what it made.
         left: by a computed call, as `ListedState.stored`.
@@ -57,6 +58,7 @@ class ListedCall:
         self.answers: tuple[torch.Tensor, ...] = ()
         self.left: tuple[torch.Tensor, ...] = ()
         self.streams: tuple[Any, Any] = (None, None)
+        self.answered = False
 
     def begin(self, state: ListedState, step: int) -> None:
         """Decide the call of a step, in the branch of that state."""
@@ -107,7 +109,7 @@ class ListedHead(ListedHook):
         answers = [x.to(stream.device) for x, stream in zip(call.answers, streams, strict=False)]
         if not call.replaces:
             answers = [stream + x for x, stream in zip(answers, streams, strict=False)]
-        call.streams = (*answers, streams[1])[:2]
+        call.streams, call.answered = (*answers, streams[1])[:2], True
         return self._metadata.output(*call.streams)
 
 
@@ -115,7 +117,7 @@ class ListedMiddle(ListedHook):
     """A block between them: in a skipped call it returns what it takes."""
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self._call.computes:
+        if not self._call.answered:
             return self.fn_ref.original_forward(*args, **kwargs)
         return self._metadata.output(*self._metadata.arguments(args, kwargs))
 
@@ -129,9 +131,10 @@ class ListedTail(ListedHook):
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = self._call
-        if not call.computes:
+        if call.answered:
             return self._tail.answer(args, kwargs, *call.streams)
         output = self.fn_ref.original_forward(*args, **kwargs)
-        ends = self._tail.ends(output, call.streams)
-        call.left = tuple(end.clone() if call.replaces else end - start for end, start in ends)
+        if call.streams[0] is not None:
+            ends = self._tail.ends(output, call.streams)
+            call.left = tuple(end.clone() if call.replaces else end - start for end, start in ends)
         return output

@@ -60,15 +60,18 @@ class FirstBlockHead(Described, FBCHeadBlockHook):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = super().new_forward(module, *args, **kwargs)
         state = self.state_manager.get_state()
+        state.head_ran = True
         state.answer = None if state.should_compute else self._metadata.returned(output)
         return output
 
     @torch.compiler.disable
     def _should_compute_remaining_blocks(self, hidden_states_residual: torch.Tensor) -> bool:
-        before = self.state_manager.get_state().head_block_residual
-        add_up = self._add_up()
-        if add_up is None or before is None:
+        state, add_up = self.state_manager.get_state(), self._add_up()
+        if state.tail_block_residuals is None:  # in the first call, and where the last block never runs
+            return True
+        if add_up is None:
             return bool(super()._should_compute_remaining_blocks(hidden_states_residual))
+        before = state.head_block_residual
         sums = [(hidden_states_residual - before).abs().sum(), before.abs().sum()]
         change, size = add_up(torch.stack(sums).double()).tolist()
         return bool(change / size > self.threshold)
@@ -90,6 +93,8 @@ class FirstBlockTail(Described, FBCBlockHook):
         if not state.should_compute:
             return tail.answer(args, kwargs, *state.answer)
         output = self.fn_ref.original_forward(*args, **kwargs)
+        if not state.head_ran:
+            return output
         head = state.head_block_output if isinstance(state.head_block_output, list) else [state.head_block_output, None]
         visual, other = tail.metadata.returned(output)
         stored = tail.visual(visual, head[0].shape[1]) - head[0]
@@ -105,7 +110,7 @@ class MagHead(Described, MagCacheHeadHook):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = super().new_forward(module, *args, **kwargs)
         state = self.state_manager.get_state()
-        state.taken = self._metadata.arguments(args, kwargs)
+        state.taken, state.head_ran = self._metadata.arguments(args, kwargs), True
         if state.should_compute:
             return output
         visual, second = self._metadata.returned(output)[0], state.taken[1]  # Diffusers has added to the visual stream
@@ -133,10 +138,11 @@ class MagTail(Described, MagCacheBlockHook):
             self._advance_step(state)
             return self._tail.answer(args, kwargs, *state.answer)
         output = self.fn_ref.original_forward(*args, **kwargs)
-        state.residuals = [end - start for end, start in self._tail.ends(output, state.taken)]
-        if self.config.calibrate:
-            self._perform_calibration_step(state, state.residuals[0])
-        state.previous_residual = state.residuals[0]
+        if state.head_ran:
+            state.residuals = [end - start for end, start in self._tail.ends(output, state.taken)]
+            if self.config.calibrate:
+                self._perform_calibration_step(state, state.residuals[0])
+            state.previous_residual = state.residuals[0]
         self._advance_step(state)
         return output
 
