@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from dit_accel.caches.residuals import Add
 
 BLOCK_CACHES = ("first-block", "mag", "steps")
+# by the state of a call's branch: whether the cache skipped blocks; the others decide layer by layer
+SKIPPED: dict[str, Callable[[Any], bool]] = {
+    "first-block": lambda state: not state.should_compute,
+    "mag": lambda state: not state.should_compute,
+    "sea": lambda state: state.consecutive_cached > 0,
+    "taylorseer": lambda state: state.last_update_step not in (None, state.current_step),
+}
 _OURS: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # transformers with a cache of this package
 
 
@@ -312,21 +319,33 @@ class CacheAtWork:
             for hook, state in zip(plain, states, strict=True):
                 hook.state = state
 
+    def _skipped(self) -> bool | None:
+        """Whether the cache skipped blocks in the call that ends; None: it decides layer by layer."""
+        if self._listed is not None:
+            return self._listed.answered
+        if self.cache.name not in SKIPPED:
+            return None
+        states = [manager._state_cache.get(self._branch) for manager in self._managers]
+        return any(SKIPPED[self.cache.name](state) for state in states if state is not None)
+
     def count(self, ran: int, layers: int) -> None:
-        """After a call: record that so many of the transformer's self-attention layers ran."""
+        """After a call: record it, and that so many of these self-attention layers ran.
+
+        A layer may not run for another reason than the cache, such as skip-layer guidance.
+        """
+        skipped = self._skipped()
         if self._listed is not None:
             self._listed.end()
         if not self._branch:
             return
+        skipped = ran < layers if skipped is None else skipped
         report = self._branches.setdefault(self._branch, BranchReport(self.name, self._branch))
         index = self._moment.index
         if index is not None and any(step is not None and step > index for step in report.steps):
             report.steps = {}
-        if ran < layers:
-            report.skipped += 1
-        else:
-            report.computed += 1
-        report.steps[index] = ran / layers
+        report.skipped += skipped
+        report.computed += not skipped
+        report.steps[index] = ran / max(layers, 1) if skipped else 1.0
         self._kept_bytes = max(self._kept_bytes, self.size)
         if self._calibrate and index is not None:
             if ratios := self._managers[0]._state_cache[self._branch].calibration_ratios:

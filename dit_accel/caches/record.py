@@ -17,9 +17,9 @@ class BranchReport:
     Attributes:
         transformer: name of the pipeline's component.
         branch: as the pipeline names it in `cache_context`; else ``call 0``, ``call 1`` by the order within a step.
-        computed, skipped: calls in which every layer ran, and others, of all runs.
-        steps: of the last run: the share of self-attention layers that ran, by denoising step counted from 0. A step of
-            None: nothing told the step.
+        computed, skipped: calls in which the cache skipped nothing, and others, of all runs.
+        steps: of the last run, by denoising step counted from 0: the share of self-attention layers that ran beside the
+            cache, 1 where it skipped nothing. A step of None: nothing told the step.
     """
 
     transformer: str

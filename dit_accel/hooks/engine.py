@@ -296,7 +296,8 @@ class Engine(AtWork):
         """Record what the step cache skipped; free what skipped layers keep after the last step."""
         assert self.cache is not None
         if not self.paused:
-            self.cache.count(sum(layer.ours.ran for layer in self.layers), len(self.layers))
+            ran = [layer.ours.ran for layer in self.layers if layer.left is None]
+            self.cache.count(sum(ran), len(ran))
         self.count_last_call()
         step = self._step
         if step is not None and step.count is not None and step.index + 1 >= step.count:

@@ -39,8 +39,27 @@ def test_a_block_may_not_run(cache, skipped):
         for step, call in calls:
             accel.set_step(step, STEPS)
             outputs.append(run(transformer, call))
+        plain, guided = accel.report().cache.branches
     if cache in CACHES[:4]:
         assert all(map(torch.equal, outputs, dense))
+        assert (plain.computed, plain.skipped) == (guided.computed, guided.skipped) == (STEPS, 0)
+        assert set(guided.steps.values()) == {1}
         return
     assert not all(map(torch.equal, outputs[::2], dense[::2]))
     assert all(map(torch.equal, outputs[1::2], dense[1::2])) == (skipped != 1)
+    assert plain.skipped > 0 and guided.skipped == (plain.skipped if skipped == 1 else 0)
+
+
+@pytest.mark.parametrize("cache", ["first-block:threshold=0", "taylorseer:disable_cache_before_step=9"])
+def test_a_layer_with_another_processor_is_not_skipped(cache):
+    tiny = get("wan", "t2v")
+    transformer = tiny.build()
+    with dit_accel.accelerated(transformer, "dense", cache=cache) as accel:
+        attention = transformer.blocks[1].attn1
+        attention.set_processor(type(attention.processor.inner)())
+        for step in range(STEPS):
+            accel.set_step(step, STEPS)
+            call = tiny.call()
+            run(transformer, call | {"hidden_states": call["hidden_states"] * (1 + step / 20)})
+        (branch,) = accel.report().cache.branches
+    assert (branch.computed, branch.skipped) == (STEPS, 0)
