@@ -35,7 +35,8 @@ class BranchReport:
         text = f"{self.transformer}, {self.branch}: {self.computed} calls computed, {self.skipped} skipped"
         if skipped:
             shares = " to ".join(f"{share:.0%}" for share in dict.fromkeys((ran[0], ran[-1])))
-            text += f"; last run: steps {spans(skipped)} of {len(counted)} skipped ({shares} of the layers ran)"
+            text += f"; last run: {len(skipped)} of its {len(counted)} steps skipped, {spans(skipped)} "
+            text += f"({shares} of the layers ran)"
         return text
 
 

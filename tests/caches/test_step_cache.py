@@ -9,7 +9,7 @@ from diffusers import hooks
 from messages import names, says
 
 from dit_accel.caches.ratios import ASSUMED, MagRatios, mag_ratios, published
-from dit_accel.caches.record import spans
+from dit_accel.caches.record import BranchReport, spans
 from dit_accel.caches.step_cache import CONFIGS, ChosenSteps, StepCache
 from dit_accel.errors import DitAccelError
 
@@ -149,6 +149,12 @@ def test_a_file_without_ratios_is_refused(tmp_path, content):
 def test_a_missing_file_is_refused_with_the_nearest_published_name():
     with pytest.raises(DitAccelError, match=names("'wan2.1-t2v-1.3b'")):
         mag_ratios("wan2.1-t2v-1.3")
+
+
+def test_steps_that_begin_in_the_middle_are_counted_among_themselves():
+    """Wan 2.2's second transformer."""
+    branch = BranchReport("transformer_2", "cond", 1, 3, {4: 1.0, 5: 0.0, 6: 0.0, 7: 0.0})
+    assert says(branch.describe(), "3 of its 4", "5-7")
 
 
 def test_spans():
