@@ -50,8 +50,8 @@ class MagRatios:
             raise DitAccelError("mag_ratios are one number for all steps or one for each, got none.")
 
     def of(self, branch: str) -> tuple[float, ...]:
-        """The ratios of a branch: the second call of a step is the unguided one."""
-        return self.uncond if self.uncond and branch in ("uncond", "call 1") else self.cond
+        """The ratios of a branch: the unguided one is the second call of a step, or "pred_uncond" of a guider."""
+        return self.uncond if self.uncond and branch in ("uncond", "pred_uncond", "call 1") else self.cond
 
     def save(self, path: Path, **about: Any) -> None:
         """Write a calibration file, with what `about` says of it."""

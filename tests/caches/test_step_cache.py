@@ -127,7 +127,8 @@ def test_published_ratios():
     assert ratios == mag_ratios("wan2.1-t2v-1.3b") and ratios.of("uncond") != ratios.of("cond") == ratios.of(
         "cond_uncond"
     )
-    assert ratios.of("call 1") == ratios.of("uncond")
+    assert ratios.of("call 1") == ratios.of("pred_uncond") == ratios.of("uncond")
+    assert ratios.of("pred_cond") == ratios.cond
     unknown = mag_ratios(None, ("demo",))
     assert unknown.cond == (ASSUMED,) and "assumed" in unknown.source
 
