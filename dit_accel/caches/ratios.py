@@ -15,13 +15,13 @@ import dataclasses
 import functools
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dit_accel.errors import DitAccelError, first_line
 from dit_accel.files import replace_file
+from dit_accel.pipelines.levels import is_named
 from dit_accel.registry import did_you_mean
 
 ASSUMED = 0.98
@@ -78,7 +78,7 @@ def mag_ratios(value: Any, models: tuple[str, ...] = ()) -> MagRatios:
     """
     if value is None:
         for entry in published().values():
-            if entry["match"] and any(re.search(entry["match"], name) for name in models):
+            if entry["match"] and is_named(entry["match"], models):
                 return _from_record(entry)
         advice = "for this model none are published; `dit-accel tune --cache mag` measures them"
         return MagRatios((ASSUMED,), source=f"{ASSUMED} is assumed for every step: {advice}")

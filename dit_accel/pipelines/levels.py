@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 LEVELS = ("faithful", "balanced", "fast")
 DEFAULT = "balanced"
@@ -83,8 +83,13 @@ class LevelRow:
 
     def fits(self, level: str, case: Case) -> bool:
         """Whether the row is for that level in that case, whose steps are many."""
-        named = not self.models or any(re.search(self.models, name) for name in case.models)
+        named = not self.models or is_named(self.models, case.models)
         return self.level == level and named and self.long in (None, case.long) and self.steps in (None, case.steps)
+
+
+def is_named(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a regular expression matches a model's name: of a repository, its folder or its snapshot in a cache."""
+    return any(re.search(pattern, re.sub(r"(/snapshots/.*|/transformer)?/*$", "", name)) for name in names)
 
 
 SOL = "sol dense_steps=0.2 dense_layers=1"

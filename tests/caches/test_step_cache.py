@@ -12,6 +12,7 @@ from dit_accel.caches.ratios import ASSUMED, MagRatios, mag_ratios, published
 from dit_accel.caches.record import BranchReport, spans
 from dit_accel.caches.step_cache import CONFIGS, ChosenSteps, StepCache
 from dit_accel.errors import DitAccelError
+from dit_accel.pipelines.levels import FAMILY_ROWS, is_named
 
 TEXTS = (
     "first-block",
@@ -131,6 +132,16 @@ def test_published_ratios():
     assert ratios.of("pred_cond") == ratios.cond
     unknown = mag_ratios(None, ("demo",))
     assert unknown.cond == (ASSUMED,) and "assumed" in unknown.source
+
+
+@pytest.mark.parametrize("folder", ["Qwen/Qwen-Image", "models--Qwen--Qwen-Image/snapshots/0a1b", "/data/Qwen-Image"])
+@pytest.mark.parametrize("end", ["", "/", "/transformer", "/transformer/"])
+def test_a_name_may_be_a_folder(folder, end):
+    """Another model's begins with the same name."""
+    row = next(row for row in FAMILY_ROWS["qwen_image"] if row.models)
+    assert mag_ratios(None, (folder + end,)) == mag_ratios("qwen-image") and is_named(row.models, [folder + end])
+    other = folder.replace("Qwen-Image", "Qwen-Image-2512") + end
+    assert mag_ratios(None, (other,)).cond == (ASSUMED,) and not is_named(row.models, [other])
 
 
 def test_calibrations_are_saved_and_read(tmp_path):
