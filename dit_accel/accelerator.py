@@ -68,7 +68,7 @@ class Accelerator:
         shared = method, setting, self._clock, self._plans, impl, check
         self._engines = [Engine(name, module, family, *shared) for name, (module, family) in transformers.items()]
         for engine in self._engines:
-            engine.level = level
+            engine.level, engine.siblings = level, self._engines
         self._notes = notes if level is None else (level.note, *notes)
         self.active = False
         self.trained: Trained | None = None

@@ -110,6 +110,22 @@ def test_shared_results_with_a_cache(share, wan_pipe):
         assert accel._engines[0].cache.size == 0
 
 
+def test_a_cache_that_was_put_on_in_a_pause_stays(wan_pipe):
+    """Ours stays off with a note, and the method goes on."""
+    pipe = wan_pipe()
+    accel = dit_accel.accelerate(pipe, "gna", cache=MAG, **WINDOW)
+    generate(pipe)
+    with pytest.warns(DitAccelWarning, match=names(MAG, "disable_cache")):
+        with accel.paused():
+            pipe.transformer.enable_cache(FirstBlockCacheConfig(0.3))
+    generate(pipe)
+    report = accel.report()
+    assert all(layer.sparse_calls for layer in report.layers)
+    assert sum(branch.computed + branch.skipped for branch in report.cache.branches) == 2 * STEPS
+    accel.remove()
+    assert pipe.transformer.is_cache_enabled
+
+
 def test_saved_loaded_replaced_paused_and_undone(wan_pipe, tmp_path):
     pipe = wan_pipe()
     dense = generate(pipe)

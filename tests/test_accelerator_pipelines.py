@@ -262,3 +262,23 @@ def test_saved_for_a_pipeline_with_two_transformers(wan_pipe, tiny_wan, tmp_path
         assert torch.equal(generate(pipe), wanted)
     with pytest.raises(dit_accel.DitAccelError, match=names("transformer")):
         dit_accel.load(pipe.transformer, tmp_path)
+
+
+def test_what_a_transformer_kept_goes_while_the_next_one_runs(wan_pipe, tiny_wan):
+    """And all of it with remove(), also after a run that was interrupted."""
+    pipe = wan_pipe(transformer_2=tiny_wan(3), boundary_ratio=0.8)
+    accel = dit_accel.accelerate(pipe, "gna", window=(2, 3, 4), share="residual", refresh=2)
+
+    def kept():
+        return [sum(len(layer.ours.stored) for layer in engine.layers) for engine in accel._engines]
+
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 5
+        return tensors
+
+    generate(pipe, steps=8)
+    assert kept() == [0, 0]
+    generate(pipe, steps=8, callback_on_step_end=stop)
+    assert kept()[1] > 0
+    accel.remove()
+    assert kept() == [0, 0]

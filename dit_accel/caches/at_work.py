@@ -197,7 +197,14 @@ class CacheAtWork:
         _OURS.discard(self._transformer)
         if self._config is not None and getattr(self._transformer, "_cache_config", None) is self._config:
             vars(self._transformer).pop("_cache_config", None)
-        self._hooks, self._hook_states, self._context, self._listed = None, {}, None, None
+        self._hooks, self._hook_states, self._context, self._listed, self._branch = None, {}, None, None, ""
+
+    def resume(self) -> None:
+        """Put the cache on again; if another one is there by now, it stays off and says so."""
+        try:
+            self.attach()
+        except DitAccelError as error:
+            self._note_gone(f"no longer on {self.name}: {str(error).removesuffix('.')}")
 
     @property
     def _managers(self) -> list[Any]:
@@ -216,7 +223,7 @@ class CacheAtWork:
             self._listed.end()
         if self._hooks.gone:
             self._branch = ""
-            self._note_gone()
+            self._note_gone(f"no longer on {self.name}: it was taken off since, as disable_cache() does")
             return
         managers = self._managers
         context = managers[0]._context if managers else None
@@ -249,9 +256,8 @@ class CacheAtWork:
             if now.index is not None and self.cache.name == "mag":
                 self._lead_mag(state, now)
 
-    def _note_gone(self) -> None:
+    def _note_gone(self, note: str) -> None:
         """Say once that the cache is at work no longer."""
-        note = f"no longer on {self.name}: it was taken off since, as disable_cache() does, and nothing is skipped"
         if note in self.notes:
             return
         self.notes.append(note)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -95,11 +96,13 @@ class Engine(AtWork):
         anchored = any(ramps.at(config).anchors for config, _ in self._states)
         self._by_step = self._schedule.by_step or any(isinstance(config, Ramped) for config, _ in self._states)
         self._anchors = AnchorTokens(transformer, family) if anchored else None
-        self._dense_backend = DenseBackend(setting.dense_backend, self._device, self.layers)
+        device = torch.device(clock.execution_device or next(transformer.parameters()).device)
+        self._dense_backend = DenseBackend(setting.dense_backend, device, self.layers)
         heads = family.heads(self.layers[0].attention)
         self.several = Several(transformer, family, heads, setting.dense_backend, impl)
         check.refuse_shared(ramps.at(layer.config) for layer in self.layers if layer.config is not None)
         self.level: Level | None = None
+        self.siblings: Sequence[Engine] = (self,)  # of the transformers that take the steps of a run in turn
         self.cache: CacheAtWork | None = None
         if setting.cache is not None:
             sources = clock.pipeline_config, getattr(transformer, "config", None)
@@ -117,10 +120,6 @@ class Engine(AtWork):
     @property
     def all_notes(self) -> list[str]:
         return [*self.notes, *self._dense_backend.notes, *self._arranged.notes]
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self._transformer.parameters()).device
 
     def attach(self, owner: object) -> None:
         """Set our processors, add learned weights and hook the transformer. The hooks keep `owner` alive."""
@@ -142,15 +141,16 @@ class Engine(AtWork):
         ]
         if self.cache is not None:
             self.cache.attach()
+        if self.cache is not None or self._watching.unchecked:
             self._handles.append(self._transformer.register_forward_hook(self._make_after()))
 
     def pause(self, paused: bool) -> None:
         """Run the model's own attention in every step until further notice; what a cache kept is forgotten."""
-        if paused != self.paused and self._owner is not None:  # `detach` has taken off both
+        before, self.paused = self.paused, paused
+        if paused != before and self._owner is not None:  # `detach` has taken off both
             if self.cache is not None:
-                (self.cache.detach if paused else self.cache.attach)()
+                (self.cache.detach if paused else self.cache.resume)()
             (self._dense_backend.undo if paused else self._dense_backend.set)()
-        self.paused = paused
 
     def detach(self) -> list[str]:
         """Undo `attach`; return the modules that keep another processor."""
@@ -222,6 +222,7 @@ class Engine(AtWork):
             raise copy_error(module)
         self.count_last_call()
         self._arranged.end()
+        self._watching.checking = False
         self.calls += 1
         self._look_for_dropped()
         self._dense_backend.check(self._any_compiled)
@@ -293,8 +294,12 @@ class Engine(AtWork):
         return _without_graph(lambda module, args, output: outside())
 
     def _after_call(self) -> None:
-        """Record what the step cache skipped; free what skipped layers keep after the last step."""
-        assert self.cache is not None
+        """End the check of the layers, record what the step cache skipped, free what skipped layers keep at the end."""
+        self._watching.end()
+        if self.cache is None:
+            if not self._watching.unchecked:
+                self._handles.pop().remove()  # of this hook, which nothing needs from now on
+            return
         if not self.paused:
             ran = [layer.ours.ran for layer in self.layers if layer.left is None]
             self.cache.count(sum(ran), len(ran))
@@ -376,6 +381,9 @@ class Engine(AtWork):
             for layer in self.layers:
                 layer.ours.stored.clear()
         self._number = self._number + 1 if before is not None and before.index == step.index else 0
+        if not self._number:
+            for layer in itertools.chain.from_iterable(engine.layers for engine in self.siblings):
+                layer.drop_kept(step.index)
         last = step.count is not None and step.index + 1 >= step.count
         last = last and not torch.is_grad_enabled()  # else a backward pass may recompute the call
         for state in self._states.values():

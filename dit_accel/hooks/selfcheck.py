@@ -169,6 +169,7 @@ class Watching:
 
     Attributes:
         watchers: functions called with every sparse attention call.
+        unchecked: whether a call is still to be checked.
         checking: whether the transformer's call under way is checked.
     """
 
@@ -177,19 +178,22 @@ class Watching:
     ) -> None:
         self._name, self._check, self._heads, self._dense = name, check, heads, dense
         self.watchers: list[Callable[[ComputedAttention], None]] = []
-        self._unchecked, self.checking = check.verify is not None, False
+        self.unchecked, self.checking = check.verify is not None, False
 
     @property
     def listening(self) -> bool:
         """Whether anything looks at the next sparse calls."""
-        return self._unchecked or bool(self.watchers)
+        return self.unchecked or bool(self.watchers)
 
     def begin(self, layers: Iterable[AcceleratedLayer], step: Step | None) -> None:
         """Have the layers of a transformer's call report what they compute, if anything looks at it."""
-        listening = self.listening
-        self.checking, self._unchecked = self._unchecked, False
+        listening, self.checking = self.listening, self.unchecked
         for layer in layers:
             layer.ours.watch = functools.partial(self._attended, layer, step) if listening else None
+
+    def end(self) -> None:
+        """After a call: it was checked. One that failed in the middle is followed by another check."""
+        self.unchecked = self.unchecked and not self.checking
 
     def _attended(
         self,

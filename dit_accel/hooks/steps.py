@@ -56,6 +56,11 @@ class StepClock:
         return scheduler
 
     @property
+    def execution_device(self) -> Any | None:
+        """Where the pipeline runs its models, which offloading keeps elsewhere; None for a bare transformer."""
+        return getattr(None if self._pipeline is None else self._pipeline(), "_execution_device", None)
+
+    @property
     def pipeline_config(self) -> Any | None:
         """The pipeline's configuration; None for a bare transformer."""
         return getattr(None if self._pipeline is None else self._pipeline(), "config", None)

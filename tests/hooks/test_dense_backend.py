@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny_models
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from messages import names
@@ -62,6 +63,15 @@ def test_auto_on_cuda_goes_by_the_architecture(monkeypatch, capability, chosen):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     name, why = dense_backend.choose("auto", torch.device("cuda", 0))
     assert name == chosen and why
+
+
+def test_auto_goes_by_where_an_offloaded_pipeline_runs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    transformer, scheduler = tiny_models.get("wan", "t2v").build(), FlowMatchEulerDiscreteScheduler()
+    pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer)
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cuda"))
+    with dit_accel.accelerated(pipe, "dense", dense_backend="auto"):
+        assert AttentionBackendName._NATIVE_CUDNN in backends(pipe.transformer).values()
 
 
 def test_a_back_end_that_is_set_already_stays():

@@ -201,6 +201,29 @@ def test_layers_above_the_limit_stay_dense(method, config):
     assert all(torch.equal(result, wanted) for result in results)
 
 
+def test_a_call_that_fails_is_followed_by_another_check():
+    """As after too little memory: layers behind the failure are measured in the next call."""
+    tiny = get("wan", "t2v")
+    transformer, failures = tiny.build(), [torch.OutOfMemoryError()]
+
+    def fail(*_):
+        if failures:
+            raise failures.pop()
+
+    handle = transformer.blocks[0].ffn.register_forward_hook(fail)
+    accel = dit_accel.accelerate(transformer, "gna", verify="first-call", keep_dense_above=1e-6, **WINDOW)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(transformer, tiny.call())
+    for _ in range(2):
+        run(transformer, tiny.call())
+    handle.remove()
+    layers = accel.report().layers
+    assert all(layer.relative_error > 1e-6 and not layer.sparse_calls for layer in layers)
+    hooks = len(transformer._forward_hooks)
+    accel.remove()
+    assert hooks == len(transformer._forward_hooks)  # that of the check went with the check
+
+
 def test_watchers_see_every_sparse_call():
     tiny, seen = get("wan", "t2v"), []
     with dit_accel.accelerated(tiny.shared, "gna", dense_layers=(1,), **WINDOW) as accel:
