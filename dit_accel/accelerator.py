@@ -30,7 +30,7 @@ from dit_accel.hooks.steps import StepClock
 from dit_accel.kernels import impls
 from dit_accel.kernels.impls import Impl
 from dit_accel.method import Method
-from dit_accel.pipelines.family import Family, Preset
+from dit_accel.pipelines.family import Family
 from dit_accel.pipelines.levels import DEFAULT, LEVELS
 from dit_accel.pipelines.targets import find_transformers
 from dit_accel.registry import DENSE, get_method
@@ -318,17 +318,20 @@ def accelerate(
         "dense_backend": dense_backend,
         "cache": cache,
     }
+    transformers, pipeline = find_transformers(target)
+    family = next(iter(transformers.values()))[1]
     notes: tuple[str, ...] = ()
     level: Level | None = None
     if isinstance(method, Setting) or layer_schedule is not None:
         setting = _whole(method, layer_schedule, config, preset=preset).changed(**words)
     elif method in LEVELS or (method is None and not preset):
         name = DEFAULT if method is None else method
-        level = _level(target, name, config, preset=preset)
+        _check_level(name, family, config, preset=preset)
+        level = Level.choose(name, case_of(transformers, pipeline, config))
         setting = level.setting(**words)
     else:
-        advice = functools.partial(_preset, target) if preset else None
-        name = _family(target)[0].first_preset if method is None else method
+        advice = functools.partial(family.preset, transformers=len(transformers)) if preset else None
+        name = family.first_preset if method is None else method
         if isinstance(name, str) and name.lower() in LEVELS:
             raise DitAccelError(f"Levels are written {', '.join(LEVELS)}; got {name!r}.")
         setting = Setting.make(name, config, preset=advice, **words)
@@ -336,7 +339,6 @@ def accelerate(
             notes = (f"settings not given are those recommended: {advice(setting.method).source}",)
     check = SelfCheck(verify, keep_dense_above)
     impls.check(impl)
-    transformers, pipeline = find_transformers(target)
     references = (_ACTIVE.get(transformer) for transformer, _ in transformers.values())
     present = {accel for reference in references if reference is not None and (accel := reference()) is not None}
     if present and not replace:
@@ -370,29 +372,15 @@ def _whole(
     return Setting.read(layer_schedule)
 
 
-def _family(target: Any) -> tuple[Family, int]:
-    """The family of the target's transformers, and their number."""
-    transformers = list(find_transformers(target)[0].values())
-    return transformers[0][1], len(transformers)
-
-
-def _preset(target: Any, method: str) -> Preset:
-    """The settings recommended for the family of the target's transformers."""
-    family, count = _family(target)
-    return family.preset(method, count)
-
-
-def _level(target: Any, name: str, size: dict[str, Any], *, preset: bool) -> Level:
-    """A level for the target's calls of a size; a method's settings are refused."""
+def _check_level(name: str, family: Family, size: dict[str, Any], *, preset: bool) -> None:
+    """Refuse what a level does not take: a method's settings and presets."""
     others = [key for key in size if key not in SIZE]
     if preset or others:
-        family = _family(target)[0]
         raise DitAccelError(
             f"The level {name} has its own settings and takes only {', '.join(SIZE)}; got "
             f"{', '.join([*others, *['preset=True'] * preset])}. For settings of your own name a method "
             f"first: {family.choices}."
         )
-    return Level.choose(name, case_of(*find_transformers(target), size))
 
 
 @contextlib.contextmanager
