@@ -195,7 +195,7 @@ class Accelerator:
     ) -> None:
         """Write settings (JSON), learned weights and a fine-tuning (safetensors) to the folder `path`.
 
-        Complete files replace old ones.
+        Complete files replace old ones. A step cache's calibration file is read again, and its ratios written there.
 
         Args:
             push_to_hub: also upload the folder to the Hugging Face Hub, as Diffusers' models do.
@@ -203,7 +203,8 @@ class Accelerator:
             token, private, commit_message: of the upload.
 
         Raises:
-            DitAccelError: the folder cannot be written, or `remove` has undone the fine-tuning.
+            DitAccelError: the folder cannot be written, the calibration file cannot be read, or `remove` has undone the
+                fine-tuning.
         """
         if self.trained is not None and not self.active:
             raise DitAccelError(

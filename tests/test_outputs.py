@@ -177,7 +177,7 @@ def test_named_files_are_refused_before_the_work(cli, demo, tmp_path, monkeypatc
     assert content(tmp_path) == before
 
 
-@pytest.mark.parametrize("present", ["accelerator.json", "accelerator.safetensors"])
+@pytest.mark.parametrize("present", ["accelerator.json", "accelerator.safetensors", "accelerator_ratios.json"])
 def test_saving_replaces_no_foreign_file(tmp_path, tiny_wan, present):
     from dit_accel import accelerate
 

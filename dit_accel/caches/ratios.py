@@ -65,6 +65,11 @@ def published() -> Mapping[str, Mapping[str, Any]]:
     return dict(json.loads(FILE.read_text(encoding="utf-8")))
 
 
+def names_a_file(value: Any) -> bool:
+    """Whether a setting means a calibration file, rather than numbers, published ratios or none."""
+    return isinstance(value, str) and value not in published()
+
+
 def mag_ratios(value: Any, models: tuple[str, ...] = ()) -> MagRatios:
     """The ratios that a setting means.
 

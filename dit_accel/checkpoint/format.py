@@ -1,4 +1,7 @@
-"""A saved accelerator: settings as JSON, learned weights as safetensors, and the models that they fit."""
+"""A saved accelerator: settings as JSON, learned weights as safetensors, and the models that they fit.
+
+The ratios of a step cache's calibration file stand beside them, so that the folder can be moved.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ import torch
 from torch import nn
 
 from dit_accel import values
+from dit_accel.caches.ratios import MagRatios, mag_ratios, names_a_file
+from dit_accel.caches.step_cache import StepCache
 from dit_accel.errors import DitAccelError
 from dit_accel.files import MARK, check_ours, read_json, replace_file
 from dit_accel.kernels.impls import Impl
@@ -22,9 +27,12 @@ from dit_accel.setting import Setting
 
 SETTINGS_FILE = "accelerator.json"
 WEIGHTS_FILE = "accelerator.safetensors"
+RATIOS_FILE = "accelerator_ratios.json"
+FILES = (WEIGHTS_FILE, RATIOS_FILE, SETTINGS_FILE)
 FORMAT = 2
 KINDS: dict[str, Any] = {
     "setting": dict, "impl": str, "models": dict, "trained": dict | None, "weights_sha256": str | None,
+    "ratios_sha256": str | None,
 }  # fmt: skip
 VERSION = importlib.import_module("dit_accel").__version__
 
@@ -74,11 +82,14 @@ def save(
     weights: Mapping[str, torch.Tensor],
     write_training: Callable[[pathlib.Path], dict[str, Any] | None],
 ) -> None:
-    """Write an accelerator to the folder `path`. Complete files replace old ones, weights first.
+    """Write an accelerator to the folder `path`. Complete files replace old ones, weights and ratios first.
 
     Args:
         setting, impl, models, weights: as in `Saved`.
         write_training: writes a fine-tuning to the folder and returns its record, or None without one.
+
+    Raises:
+        DitAccelError: the folder cannot be written, or the calibration file of the setting cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save as to_bytes
@@ -86,24 +97,31 @@ def save(
     folder = pathlib.Path(path)
     stored = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
     content = to_bytes(stored, {"note": MARK}) if stored else None
+    ratios = _calibration(setting)
     saved = {
         "note": MARK,
         "format": FORMAT,
         "dit_accel_version": VERSION,
-        "setting": setting.as_dict(),
+        "setting": (setting if ratios is None else _with_ratios(setting, RATIOS_FILE)).as_dict(),
         "impl": impl,
         "models": models,
         "weights_sha256": None if content is None else hashlib.sha256(content).hexdigest(),
+        "ratios_sha256": None,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        check_ours((folder / name for name in (WEIGHTS_FILE, SETTINGS_FILE)), "save_pretrained")
+        check_ours((folder / name for name in FILES), "save_pretrained")
         saved["trained"] = write_training(folder)
         if content is not None:
             replace_file(folder / WEIGHTS_FILE, content)
+        if ratios is not None:
+            ratios.save(folder / RATIOS_FILE, note=MARK)
+            saved["ratios_sha256"] = hashlib.sha256((folder / RATIOS_FILE).read_bytes()).hexdigest()
         replace_file(folder / SETTINGS_FILE, (json.dumps(saved, indent=2) + "\n").encode())
         if content is None:
             (folder / WEIGHTS_FILE).unlink(missing_ok=True)
+        if ratios is None:
+            (folder / RATIOS_FILE).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:  # a full disk raises one or the other
         raise DitAccelError(f"Cannot save the accelerator to {folder}: {error}. Choose a writable folder.") from error
 
@@ -112,8 +130,8 @@ def read(path: str | pathlib.Path) -> Saved:
     """Read what `save` wrote.
 
     Raises:
-        DitAccelError: `path` is no path, or a file is missing, damaged, of another format or edited, or the two do not
-            belong together.
+        DitAccelError: `path` is no path, or a file is missing, damaged, of another format or edited, or the files do
+            not belong together.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise DitAccelError(f"load takes the folder that Accelerator.save_pretrained wrote; got {path!r}.")
@@ -129,10 +147,31 @@ def read(path: str | pathlib.Path) -> Saved:
         raise DitAccelError(
             f"{file} was changed: {odd[0]} cannot be {content.get(odd[0])!r}; save the accelerator again."
         )
-    setting = Setting.from_dict(content["setting"])
+    setting = _with_found_ratios(Setting.from_dict(content["setting"]), file.parent, content.get("ratios_sha256"))
     digest = content["weights_sha256"]
     weights = {} if digest is None else _read_weights(file.parent, digest)
     return Saved(setting, content["impl"], content["trained"], content["models"], weights)
+
+
+def _calibration(setting: Setting) -> MagRatios | None:
+    """The ratios of the calibration file that the setting's step cache names; None if it names none."""
+    value = None if setting.cache is None else setting.cache.config.get("mag_ratios")
+    return mag_ratios(value) if names_a_file(value) else None
+
+
+def _with_ratios(setting: Setting, name: str) -> Setting:
+    """The setting, whose step cache takes its ratios from the file of that name."""
+    assert setting.cache is not None
+    return setting.changed(cache=StepCache(setting.cache.name, {**setting.cache.config, "mag_ratios": name}))
+
+
+def _with_found_ratios(setting: Setting, folder: pathlib.Path, digest: str | None) -> Setting:
+    """The setting as `read` gives it: ratios that `save` wrote are found from every working directory."""
+    if digest is None or setting.cache is None or setting.cache.config.get("mag_ratios") != RATIOS_FILE:
+        return setting
+    file = folder.absolute() / RATIOS_FILE
+    _check_digest(file, _read_bytes(file, "ratios"), digest)
+    return _with_ratios(setting, str(file))
 
 
 def _odd_entries(content: Mapping[str, Any]) -> list[str]:
@@ -188,13 +227,23 @@ def _read_weights(folder: pathlib.Path, digest: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load as from_bytes
 
     file = folder / WEIGHTS_FILE
+    content = _read_bytes(file, "learned weights")
     try:
-        content = file.read_bytes()
         weights = from_bytes(content)
-    except OSError as error:
-        raise DitAccelError(f"The learned weights {file} cannot be read ({error}). Copy or save them again.") from error
     except SafetensorError as error:
         raise DitAccelError(f"{file} is truncated or damaged ({error}). Copy or save it again.") from error
+    _check_digest(file, content, digest)
+    return weights
+
+
+def _read_bytes(file: pathlib.Path, kind: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DitAccelError(f"The {kind} {file} cannot be read ({error}). Copy or save them again.") from error
+
+
+def _check_digest(file: pathlib.Path, content: bytes, digest: str) -> None:
+    """Refuse a file of another save than the record beside it."""
     if hashlib.sha256(content).hexdigest() != digest:
         raise DitAccelError(f"{file} does not belong to the {SETTINGS_FILE} beside it. Copy or save both again.")
-    return weights

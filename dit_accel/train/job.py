@@ -99,7 +99,7 @@ def _check_output(request: TrainRequest) -> None:
             raise DitAccelError(f"--search {run.search} exists already. Choose another name, or remove it.")
     check_folder(run.output)
     if run.search is None and not run.prepare:
-        files = (card.CARD, checkpoint.SETTINGS_FILE, checkpoint.WEIGHTS_FILE, lora.LORA_FILE)
+        files = (card.CARD, *checkpoint.FILES, lora.LORA_FILE)
         check_ours(run.output / name for name in files)
         if os.path.lexists(run.output / LOSSES):
             read_losses(run.output / LOSSES)

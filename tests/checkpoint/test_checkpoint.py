@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import safetensors
@@ -10,6 +11,7 @@ from messages import names
 from torch import nn
 
 import dit_accel
+from dit_accel.caches.ratios import MagRatios, mag_ratios
 from dit_accel.checkpoint import format as checkpoint
 from dit_accel.checkpoint import lora as adapters
 
@@ -110,6 +112,83 @@ def test_saving_again_replaces_and_drops_old_weights(saved, tiny_wan):
     with dit_accel.accelerated(tiny_wan(), "gna", window=3) as accel:
         accel.save_pretrained(folder)
     assert os.listdir(folder) == [checkpoint.SETTINGS_FILE]
+
+
+CALIBRATION = MagRatios((1.0, 0.98, 0.95), (1.0, 0.97, 0.94), source="demo, 3 steps")
+
+
+def ratios_of(accel):
+    return mag_ratios(accel.setting.cache.config["mag_ratios"])
+
+
+@pytest.fixture
+def calibrated(tiny_wan, tmp_path, monkeypatch):
+    """A folder of an accelerator whose cache took its ratios from a relative path that is gone."""
+    monkeypatch.chdir(tmp_path)
+    CALIBRATION.save(tmp_path / "r.json")
+    with dit_accel.accelerated(tiny_wan(), "dense", cache="mag:threshold=0.1,mag_ratios=r.json") as accel:
+        accel.save_pretrained("saved")
+    (tmp_path / "r.json").unlink()
+    return tmp_path / "saved"
+
+
+def test_ratios_are_saved_and_found_from_another_directory(calibrated, tiny_wan, tmp_path, monkeypatch):
+    assert sorted(os.listdir(calibrated)) == [checkpoint.SETTINGS_FILE, checkpoint.RATIOS_FILE]
+    record = json.loads((calibrated / checkpoint.SETTINGS_FILE).read_text())
+    assert record["setting"]["cache"]["config"] == {"threshold": 0.1, "mag_ratios": checkpoint.RATIOS_FILE}
+    transformer = tiny_wan()
+    with dit_accel.load(transformer, "saved") as accel:  # a relative folder, too
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert ratios_of(accel) == CALIBRATION
+        accel.save_pretrained(tmp_path / "again")
+    with dit_accel.load(transformer, tmp_path / "again") as accel:
+        accel.save_pretrained(tmp_path / "again")  # over the file that it was loaded from
+        assert ratios_of(accel) == CALIBRATION and accel.setting.cache.config["threshold"] == 0.1
+
+
+def test_a_moved_folder_has_its_ratios(calibrated, tiny_wan, tmp_path):
+    shutil.move(calibrated, tmp_path / "moved")
+    with dit_accel.load(tiny_wan(), tmp_path / "moved") as accel:
+        assert ratios_of(accel) == CALIBRATION
+
+
+@pytest.mark.parametrize("cache", [None, "mag:mag_ratios=0.98", "mag:mag_ratios=wan2.1-t2v-1.3b", "first-block"])
+def test_saving_again_without_a_calibration_drops_the_old_ratios(cache, calibrated, tiny_wan):
+    transformer = tiny_wan()
+    with dit_accel.accelerated(transformer, "gna", window=3, cache=cache) as accel:
+        accel.save_pretrained(calibrated)
+    assert os.listdir(calibrated) == [checkpoint.SETTINGS_FILE]
+    with dit_accel.load(transformer, calibrated) as loaded:
+        assert loaded.setting == accel.setting
+
+
+@pytest.mark.parametrize("content", [None, "", '{"source": "another save", "cond": [1.0]}'])
+def test_ratios_of_another_save_are_refused(content, calibrated, tiny_wan):
+    file = calibrated / checkpoint.RATIOS_FILE
+    file.unlink() if content is None else file.write_text(content)
+    refused(tiny_wan(), calibrated, checkpoint.RATIOS_FILE)
+
+
+def test_a_calibration_that_is_gone_is_not_saved(tiny_wan, tmp_path):
+    CALIBRATION.save(tmp_path / "r.json")
+    with dit_accel.accelerated(tiny_wan(), "dense", cache=f"mag:mag_ratios={tmp_path / 'r.json'}") as accel:
+        (tmp_path / "r.json").unlink()
+        with pytest.raises(dit_accel.DitAccelError, match="mag_ratios"):
+            accel.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_save_of_before_ratios_had_a_file_takes_them_from_their_path(calibrated, tiny_wan, tmp_path):
+    """A record as this format had it before."""
+    file = calibrated / checkpoint.SETTINGS_FILE
+    record = json.loads(file.read_text())
+    del record["ratios_sha256"]
+    record["setting"]["cache"]["config"]["mag_ratios"] = str(tmp_path / "r.json")
+    file.write_text(json.dumps(record))
+    CALIBRATION.save(tmp_path / "r.json")
+    with dit_accel.load(tiny_wan(), calibrated) as accel:
+        assert ratios_of(accel) == CALIBRATION
 
 
 def test_an_origin_in_the_configuration_does_not_matter(saved, tiny_wan):
