@@ -147,7 +147,7 @@ def read(path: str | pathlib.Path) -> Saved:
         raise DitAccelError(
             f"{file} was changed: {odd[0]} cannot be {content.get(odd[0])!r}; save the accelerator again."
         )
-    setting = _with_found_ratios(Setting.from_dict(content["setting"]), file.parent, content.get("ratios_sha256"))
+    setting = _with_located_ratios(Setting.from_dict(content["setting"]), file.parent, content.get("ratios_sha256"))
     digest = content["weights_sha256"]
     weights = {} if digest is None else _read_weights(file.parent, digest)
     return Saved(setting, content["impl"], content["trained"], content["models"], weights)
@@ -165,7 +165,7 @@ def _with_ratios(setting: Setting, name: str) -> Setting:
     return setting.changed(cache=StepCache(setting.cache.name, {**setting.cache.config, "mag_ratios": name}))
 
 
-def _with_found_ratios(setting: Setting, folder: pathlib.Path, digest: str | None) -> Setting:
+def _with_located_ratios(setting: Setting, folder: pathlib.Path, digest: str | None) -> Setting:
     """The setting as `read` gives it: ratios that `save` wrote are found from every working directory."""
     if digest is None or setting.cache is None or setting.cache.config.get("mag_ratios") != RATIOS_FILE:
         return setting

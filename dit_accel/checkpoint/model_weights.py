@@ -171,7 +171,7 @@ def _offloaded(layer: nn.Module, name: str) -> torch.Tensor | None:
     for part in getattr(hook, "hooks", (hook,)):
         weights = getattr(part, "weights_map", None) or {}
         if name in weights:
-            kept = weights[name]
+            stored = weights[name]
             # what is read from a disk is another tensor each time
-            return kept if kept is weights[name] and type(kept) is torch.Tensor else None
+            return stored if stored is weights[name] and type(stored) is torch.Tensor else None
     return None

@@ -110,8 +110,8 @@ class Candidate:
     @property
     def computes_densely(self) -> bool:
         """Whether each step that it computes is one of the untouched pipeline, as with a step cache alone."""
-        own = self.setting is None or self.setting.dense_backend is None
-        return own and self.folder is None and self.method == DENSE
+        default_backend = self.setting is None or self.setting.dense_backend is None
+        return default_backend and self.folder is None and self.method == DENSE
 
     @property
     def layered(self) -> bool:

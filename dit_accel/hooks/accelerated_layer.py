@@ -89,9 +89,9 @@ class AcceleratedLayer:
     def drop_kept(self, step: int) -> None:
         """Free what no call takes from this step on: what an earlier run kept, or a step too long ago."""
         refresh = 0 if self.config is None else ramps.at(self.config).refresh
-        kept = self.ours.stored
-        for number in [number for number, entry in kept.items() if not 0 <= step - entry.step < refresh]:
-            del kept[number]
+        stored = self.ours.stored
+        for number in [number for number, entry in stored.items() if not 0 <= step - entry.step < refresh]:
+            del stored[number]
 
     def measure_density(self, device: torch.device | None) -> None:
         """Let plans whose calls differ add their densities to a sum on a device; None: no such plan."""
