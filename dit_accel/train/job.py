@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dit_accel import values
 from dit_accel.checkpoint import format as checkpoint
 from dit_accel.checkpoint import lora
 from dit_accel.errors import DitAccelError
@@ -22,7 +23,7 @@ from dit_accel.setting import Setting
 from dit_accel.train import card
 from dit_accel.train.data import Dataset, write
 from dit_accel.train.processes import check_tracker, mixed_precision, reserved
-from dit_accel.train.request import CLIPS, GENERATED, TrainRequest
+from dit_accel.train.request import CLIPS, GENERATED, DataSettings, TrainRequest
 from dit_accel.train.settings import INDEX
 from dit_accel.train.state import LOSSES, read_losses
 
@@ -64,13 +65,16 @@ def run(request: TrainRequest) -> list[str]:
     precision = mixed_precision(request.train.precision, device)
     frozen = request.train.rank > 0 and precision == "bf16" and device.type == "cuda"
     folder = pathlib.Path(request.data.source) if request.data.prepared else run.output / "data"
+    about = _about(request, size)
     with reserved(run.output, processes.is_main_process):
+        if not request.data.prepared and (folder / INDEX).is_file():
+            _check_data(folder, about)
         pipe = sources.load(source, torch.bfloat16 if frozen else torch.float32, device)
         if run.search is None and not run.prepare:
             _check_memory(pipe, request, sizes.grid(*shape).visual, device)
         with processes.main_process_first():
             if processes.is_main_process and not (folder / INDEX).is_file():
-                _prepare(pipe, request, size, source.call_defaults(), folder)
+                _prepare(pipe, request, size, source.call_defaults(), folder, about)
         if run.prepare:
             return [f"training data: {folder}, {len(Dataset(folder))} samples"]
         if run.search is not None:
@@ -105,6 +109,25 @@ def _check_output(request: TrainRequest) -> None:
             read_losses(run.output / LOSSES)
 
 
+def _about(request: TrainRequest, size: Mapping[str, int]) -> dict[str, Any]:
+    """How the data of a request is made, for its index."""
+    return {"model": request.run.model, **dataclasses.asdict(request.data), **size}
+
+
+def _check_data(folder: pathlib.Path, about: Mapping[str, Any]) -> None:
+    """Refuse data that another request has made; `frames` is as typed, `num_frames` what came of it."""
+    saved = Dataset(folder).about
+    flags = {"model": "--model", "num_frames": "--frames"}
+    flags |= {field.name: values.flag(field) for field in dataclasses.fields(DataSettings) if field.name != "frames"}
+    for name, flag in flags.items():
+        if name in about and name in saved and saved[name] != about[name]:
+            was, present = ("not given" if value is None else value for value in (saved[name], about[name]))
+            raise DitAccelError(
+                f"{folder} belongs to another run: its {flag} was {was} and is {present} now. Give another --output, "
+                "or delete that folder to make the data again."
+            )
+
+
 def _check_memory(pipe: DiffusionPipeline, request: TrainRequest, tokens: int, device: torch.device) -> None:
     """Refuse a run whose LoRA and activations alone take more than is free."""
     from dit_accel.train.loop import least_memory
@@ -131,6 +154,7 @@ def _prepare(
     size: Mapping[str, int],
     defaults: Mapping[str, Any],
     folder: pathlib.Path,
+    about: Mapping[str, Any],
 ) -> None:
     from dit_accel.train import prepare
 
@@ -145,7 +169,6 @@ def _prepare(
     else:
         media = prepare.captioned(pathlib.Path(data.source), size)
         samples = preparer.encoded(itertools.islice(media, data.count))
-    about = {"model": request.run.model, **dataclasses.asdict(data), **size}
     write(folder, samples, preparer.conditioning("")[0], about)
 
 

@@ -52,6 +52,34 @@ def test_prepare_train_and_generate(cli, demo, tmp_path):
     assert measured.startswith(before) and measured.endswith(after[after.index("\n\n## Limits") :])
 
 
+def test_data_of_other_options_is_refused(cli, demo, tmp_path):
+    """The same command goes on, also where the data is not whole."""
+    folder = tmp_path / "trained"
+
+    def train(*options):
+        return cli("train", *METHOD, "--steps", 1, "--rank", 2, *options, "--output", folder)
+
+    clips = ("--data", "clips", "--count", 2, *SIZE)
+    assert train(*clips, "--prepare").status == 0
+    (folder / "data" / "dataset.json").unlink()
+    for _ in range(2):
+        outcome = train(*clips)
+        assert outcome.status == 0, outcome.err
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    for changed, message in (
+        (("--count", 1), "--count 2 1"),
+        (("--frames", 9), "--frames 5 9"),
+        (("--width", 32), "--width 48 32"),
+        (("--data", "generated", "--prompts", tmp_path / "prompts.txt"), "--data clips generated"),
+    ):
+        outcome = train(*clips, *changed)
+        assert (outcome.status, says(outcome.err, message, folder / "data", "--output")) == (2, True), outcome
+    outcome = train("--data", "clips", *SIZE)
+    assert (outcome.status, says(outcome.err, "--count 2"), says(outcome.err, "None")) == (2, True, False), outcome
+    assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
+
+
 @pytest.mark.parametrize("task", [(), ("--prepare",), (*SEARCH, "--candidate", "topk=0.5,block=16")])
 def test_a_folder_in_use_is_refused(cli, demo, tmp_path, task):
     (tmp_path / "trained").mkdir()
