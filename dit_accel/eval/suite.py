@@ -51,14 +51,15 @@ def read(source: str, typed: Mapping[str, Any] | None = None) -> dict[str, Any]:
         DitAccelError: there is no such suite, it is not YAML, a key is unknown, or a value is of another type.
     """
     said = values.read_yaml(source, SUITES, "suite")
-    listed, shown = said.pop("methods", None), said.pop("published", [])
+    listed, shown = said.pop("methods", None), said.pop("published", None)
     try:
+        listed = None if listed is None else _entries("methods", listed)
+        shown = _entries("published", shown)
         request = values.build(EvalRequest, said, "An evaluation")
         settings = {name: getattr(request, name) for name in said}
         if listed is None and not shown:
             return settings
         whole = EvalRequest(**(settings | dict(typed or {})))
-        listed = [listed] if isinstance(listed, str | dict) else listed
         candidates, figures = methods(listed, lambda: whole.subject(sources.find(whole.model, whole.revision)))
         figures += [Published.build(entry, "") for entry in shown]
         if listed is not None:
@@ -81,7 +82,7 @@ def methods(
     for entry in listed or ():
         said = {"method": entry} if isinstance(entry, str) else entry
         said = dict(said) if isinstance(said, dict) else {}
-        shown = said.pop("published", [])
+        shown = said.pop("published", None)
         if not set(said) <= set(METHOD_KEYS) or not said.keys() & {"method", "load", "level"}:
             raise DitAccelError(
                 f"A method of a suite is text, or has method, load or level among the keys {', '.join(METHOD_KEYS)}; "
@@ -89,7 +90,14 @@ def methods(
             )
         candidate = values.build(MethodOptions, said, "A method of a suite").candidate(subject)
         candidates.append(candidate)
-        figures.append([shown] if isinstance(shown, dict) else shown)
+        figures.append(_entries("published", shown))
     apart = told_apart(candidates)
     labelled = zip(apart, figures, strict=True)
     return apart, [Published.build(one, candidate.label) for candidate, entries in labelled for one in entries]
+
+
+def _entries(key: str, value: Any) -> list[Any]:
+    """The entries of a suite's key: a list, one entry alone, or none."""
+    if not isinstance(value, list | dict | str | None):
+        raise DitAccelError(f"{key} must be a list of entries, got {value!r}.")
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -58,12 +58,22 @@ def test_values(tmp_path):
         ("methods: [{dense_steps: 2}]", "method load level"),
         ("methods: [3]", "3"),
         ("methods: [{method: gna:window=2, dense_steps: many}]", "dense_steps >= 0"),
+        ("methods: 5", "methods 5"),
+        ("methods: false", "methods False"),
+        ("published: 5", "published 5"),
+        ("published: 0", "published 0"),
+        ("published: figures", "name where source 'figures'"),
+        ("methods: [{method: 'gna:window=0.5', published: 5}]", "published 5"),
     ],
 )
 def test_refused(tmp_path, text, message):
     with pytest.raises(DitAccelError) as error:
         read(tmp_path, text)
-    assert says(str(error.value), message)
+    assert says(str(error.value), message, tmp_path / "s.yaml")
+
+
+def test_keys_without_a_value_are_those_left_out(tmp_path):
+    assert read(tmp_path, "model: demo\nmethods:\npublished:\n") == {"model": "demo"}
 
 
 def test_missing():
