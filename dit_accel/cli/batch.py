@@ -50,6 +50,13 @@ def _read_record(path: Path) -> dict[str, Any]:
     return read_json(path, "record of an output", "Remove it, or choose another --output.")
 
 
+def _comparison(path: Path) -> str:
+    """The times and the likeness of an output and the dense one, in one line."""
+    record = _read_record(path.with_suffix(".json"))
+    dense, accelerated = (f"{record['runs'][name]['seconds']:.2f} s" for name in ("dense", "accelerated"))
+    return f"{accelerated}, dense {dense}, {job.likeness(record['comparison'])}"
+
+
 def run(request: GenerateRequest) -> None:
     """Make this process's share of the missing outputs, and what others leave of theirs; at the end all are there."""
     process = ProcessRank.here()
@@ -84,6 +91,8 @@ def run(request: GenerateRequest) -> None:
                 count += 1
                 _write_manifest(manifest, outputs)
                 typer.echo(f"{path}: {prompt}")
+                if request.compare:
+                    typer.echo(f"{path}: {_comparison(path)}")
     except KeyboardInterrupt as stop:
         raise Interrupted(f"interrupted after {count} of {len(pending)}. Run the same command to continue.") from stop
     _write_manifest(manifest, outputs)  # with what others have made since
@@ -105,7 +114,10 @@ def _write_manifest(manifest: Path, outputs: Mapping[Path, GenerateRequest]) -> 
             entry = {"index": index, "prompt": request.prompt, "output": path.name, "done": done, "note": MARK}
             if done:
                 record = path.with_suffix(".json")
-                entry |= {"record": record.name, "seconds": _read_record(record)["runs"]["accelerated"]["seconds"]}
+                content = _read_record(record)
+                entry |= {"record": record.name, "seconds": content["runs"]["accelerated"]["seconds"]}
+                if request.compare:
+                    entry |= {"dense_seconds": content["runs"]["dense"]["seconds"], **content["comparison"]}
             lines.append(json.dumps(entry) + "\n")
         replace_file(manifest, "".join(lines).encode())
         written = records

@@ -64,6 +64,14 @@ def test_the_first_prompt_warms_up_for_all(cli, demo, prompts, tmp_path, monkeyp
     outcome = cli("generate", *SMALL, "--prompts", prompts, "--compare", "--output", tmp_path / "shot.gif")
     assert outcome.status == 0, outcome.err
     assert steps == [1, 1] + [2, 2] * len(LISTED)
+    for entry in manifest(tmp_path):
+        record = json.loads((tmp_path / entry["record"]).read_text())
+        seconds = entry["seconds"], entry["dense_seconds"]
+        assert seconds == tuple(record["runs"][name]["seconds"] for name in ("accelerated", "dense"))
+        compared = {name: entry[name] for name in ("speedup", "denoising_speedup", "psnr", "ssim")}
+        assert compared == record["comparison"]
+        (line,) = [line for line in outcome.out.splitlines() if says(line, tmp_path / entry["output"], "PSNR", "SSIM")]
+        assert says(line, *(f"{number:.2f}" for number in (*seconds, entry["speedup"])), f"{entry['ssim']:.3f}")
 
 
 def test_again_makes_only_what_is_missing(cli, demo, prompts, tmp_path):
