@@ -77,6 +77,8 @@ def run(request: GenerateRequest) -> None:
     _write_manifest(manifest, outputs)
     share = f", process {process.index} of {process.count}" if process.count > 1 else ""
     typer.echo(f"{len(pending)} of {len(outputs)} prompts to do{share}")
+    if pending and prepared.unused:
+        typer.echo(prepared.unused, err=True)
     pipe, count = None, 0
     try:
         with contextlib.closing(process.claim(list(outputs), lambda path: path, missing)) as claimed:

@@ -29,7 +29,7 @@ def generate(arguments: dict[str, Any]) -> None:
     try:
         prepared = job.prepare(request)
         with job.reserved(prepared):
-            if warning := prepared.warning(request.prompt):
+            for warning in filter(None, (prepared.unused, prepared.warning(request.prompt))):
                 typer.echo(warning, err=True)
             lines = prepared.make(prepared.load(), request)
     except KeyboardInterrupt as stop:

@@ -43,6 +43,7 @@ class GenerateJob:
         dense_arguments: of the untouched one's: without the defaults of fine-tuned weights, such as few steps.
         fps: frames a second; None for a model of images.
         hint: what a level would gain, if nothing is accelerated.
+        unused: a warning where the call ignores the negative prompt.
     """
 
     request: GenerateRequest
@@ -57,6 +58,7 @@ class GenerateJob:
     device: torch.device
     dtype: torch.dtype
     hint: str | None = None
+    unused: str | None = None
 
     def load(self) -> DiffusionPipeline:
         """The pipeline; errors as in `ModelRequest.load_pipe`."""
@@ -181,8 +183,12 @@ def prepare(request: GenerateRequest) -> GenerateJob:
     if grid.text:
         grid = dataclasses.replace(grid, text=arguments.get(setup.LENGTH, grid.text))
     hint = _hint(subject().case) if untouched(request) else None
+    unused, scale = None, setup.unguided(kind, arguments)
+    if request.negative_prompt and scale is not None:
+        option = f"--pipe {setup.TRUE_SCALE}" if setup.TRUE_SCALE in setup.parameters(kind, arguments) else "--guidance"
+        unused = f"warning: {option} {scale:g} ignores --negative-prompt. Give a larger scale, or leave the prompt out."
     return GenerateJob(
-        request, candidate, check, source, arguments, dense_arguments, fps, grid, path, device, dtype, hint
+        request, candidate, check, source, arguments, dense_arguments, fps, grid, path, device, dtype, hint, unused
     )
 
 

@@ -145,7 +145,7 @@ class Playground:
         known = self._dense[1] if self._dense is not None and self._dense[0] == key else None
         runs, report = prepared.run(self.pipe, request, dense=known, progress=progress)
         self._dense = (key, runs["dense"])
-        remarks = [] if (warning := prepared.warning(request.prompt)) is None else [warning]
+        remarks = list(filter(None, (prepared.unused, prepared.warning(request.prompt))))
         if known is not None:
             remarks.append("The dense output is that of the comparison before.")
         if prepared.hint:

@@ -115,7 +115,7 @@ class SamplingOptions(SizeOptions):
 
     negative_prompt: str | None = option(None, "What the image or video should not show.")
     steps: int | None = option(None, "Number of denoising steps; by default the model's own.", least=1, most=MOST_STEPS)
-    guidance: float | None = option(None, "Guidance scale; by default the model's own.")
+    guidance: float | None = option(None, "Guidance scale; by default the model's own.", least=0)
     fps: int | None = option(None, "Frames per second of the video.", least=1, most=100)  # gif counts in 1/100 s
     pipe: tuple[str, ...] = option(
         (),

@@ -38,6 +38,8 @@ OPTIONS = {
     "num_images_per_prompt": "--seed",
 }
 LENGTH = "max_sequence_length"  # of the text, in tokens
+TRUE_SCALE = "true_cfg_scale"  # of models whose guidance_scale is an input
+GUIDED_ABOVE_0 = ("ZImage", "Krea2")  # pipelines that guide above 0, where others do above 1
 NOT_OPTIONS = {"self", "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
 
 
@@ -169,6 +171,16 @@ def default_of(kind: type, arguments: Mapping[str, Any], *names: str) -> Any:
     """The value of the first of these arguments that a call takes, given or default; None without any."""
     takes = parameters(kind, arguments)
     return next((arguments.get(name, takes[name].default) for name in names if name in takes), None)
+
+
+def unguided(kind: type, arguments: Mapping[str, Any]) -> float | None:
+    """The guidance scale of a call that ignores its negative prompt; None where the call uses it or has no scale.
+
+    Some pipelines take two scales. Then `TRUE_SCALE` is that of the negative prompt.
+    """
+    scale = default_of(kind, arguments, TRUE_SCALE, "guidance_scale")
+    least = 0 if kind.__name__.startswith(GUIDED_ABOVE_0) else 1
+    return scale if isinstance(scale, int | float) and scale <= least else None
 
 
 def _value(kind: type, parameter: inspect.Parameter, text: str) -> Any:

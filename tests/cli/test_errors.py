@@ -95,6 +95,7 @@ def refused(cli, tmp_path):
         (("--seed", "-1"), "--seed '-1'"),
         (("--seed", str(2**64)), "0 2**64 - 1"),
         (("--guidance", "nan"), "guidance nan"),
+        (("--guidance", "-1"), "--guidance 0 '-1'"),
         (("--method", ""), "''"),
         (("--dtype", "int8"), "--dtype"),
         (("--offload", "model"), "CPU"),

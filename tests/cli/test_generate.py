@@ -110,6 +110,24 @@ def test_a_preset_is_what_is_recommended_and_what_is_given_wins(cli, demo, tmp_p
     assert (config["topk"], config["block"]) == (0.1, 32)
 
 
+def test_a_negative_prompt_that_nothing_guides_by_is_told(cli, demo, flux_folder, tmp_path):
+    size = ("--frames", 1, "--height", 32, "--width", 48, "--steps", 1, "--negative-prompt", "a red square")
+    flux = ("--model", flux_folder, "--height", 32, "--width", 32, *size[6:])
+    for number, (options, words) in enumerate(
+        (
+            (size, "--guidance 1"),  # the demo's own
+            ((*size, "--guidance", 0.5), "--guidance 0.5"),
+            ((*size, "--guidance", 3), None),
+            ((*flux, "--guidance", 3), "true_cfg_scale 1"),
+            ((*flux, "--guidance", 1, "--pipe", "true_cfg_scale=2"), None),
+        )
+    ):
+        outcome = cli("generate", *options, "--output", tmp_path / f"{number}.png")
+        assert outcome.status == 0, outcome.err
+        warnings = [line for line in outcome.err.splitlines() if says(line, "--negative-prompt")]
+        assert [says(line, words) for line in warnings] == [True] * (words is not None), outcome.err
+
+
 def test_record_holds_all_it_takes_to_do_it_again(cli, demo, tmp_path):
     options = ("--method", "gna", "--set", "window=2x2x3", "--dense-steps", "1", "--dense-layers", "0,1", "--seed", 7)
     assert cli("generate", *SMALL, *options, "--prompt", "a red square", "--output", tmp_path / "a.gif").status == 0
