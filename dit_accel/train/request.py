@@ -136,7 +136,18 @@ class TrainRequest:
         if base is not None:
             options = dataclasses.replace(options, model=run.get("model", base.model))
         sources = {**(base.data if base else {}), **data}
-        return cls(options, values.build(DataSettings, sources, "The data"), merge(base.train if base else {}, changes))
+        settings = merge(base.train if base else {}, changes)
+        if options.samples and not settings.validate_every:
+            raise DitAccelError(
+                "--prompt is sampled every --validate-every steps, and --validate-every is 0. Give it a number of "
+                "steps, or leave out --prompt."
+            )
+        if changes.get("validate_every") and not options.samples:
+            raise DitAccelError(
+                f"--validate-every {settings.validate_every} samples prompts, but none came. Add --prompt, or "
+                "leave out --validate-every."
+            )
+        return cls(options, values.build(DataSettings, sources, "The data"), settings)
 
 
 def read_options(items: tuple[str, ...]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 from messages import names, says
 
 from dit_accel import files
+from dit_accel.train.request import TrainRequest
 from dit_accel.train.settings import TrainSettings
 
 SIZE = ("--frames", "5", "--height", "32", "--width", "48")
@@ -188,6 +189,9 @@ def refused(cli, tmp_path):
         ((*METHOD, "--data", "clips", "--seed", str(2**23)), "--seed"),
         ((*METHOD, "--data", "clips", "--steps", "99999999999999999999"), "--steps"),
         ((*METHOD, "--data", "clips", "--model", "./none"), "./none"),
+        ((*METHOD, "--data", "clips", "--prompt", "a red circle"), "--prompt --validate-every 0"),
+        ((*METHOD, "--data", "clips", "--validate-every", "2"), "--validate-every 2 --prompt"),
+        ((*METHOD, "--data", "clips", "--option", "validate_every=2"), "--validate-every 2 --prompt"),
         (("--data", "clips", "--method", "dense"), "dense"),
         (("--recipe", "radial-wan2.1-14b-2x"), "--data"),
         (("--data", "clips", "--search", "a.json", "--method", "gna", "--candidate", "window=3"), "--threshold"),
@@ -211,6 +215,16 @@ def test_a_recipe_with_a_mistake_in_its_data(refused, demo, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("{about: a, source: b, model: demo, data: {sorce: clips}, train: {method: sla}}")
     assert says(refused("--recipe", recipe), "data sorce source")
+
+
+def test_a_recipe_may_say_how_often_prompts_are_sampled(demo, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "{about: a, source: b, model: demo, data: {source: clips}, train: {method: sla, validate_every: 3}}"
+    )
+    for samples in ((), ("a red circle",)):
+        request = TrainRequest.of({"recipe": str(recipe), "samples": samples}, {}, {})
+        assert (request.run.samples, request.train.validate_every) == (samples, 3)
 
 
 def test_empty_folders_and_prompts(refused, demo, tmp_path):
