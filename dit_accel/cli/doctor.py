@@ -83,6 +83,12 @@ def doctor(typed: dict[str, Any]) -> int:
     from dit_accel.generation.setup import placement
 
     options = DoctorOptions(**typed)
+    if options.revision is not None and options.model is None:
+        raise DitAccelError(
+            f"--revision {options.revision} goes with --model. Add --model ID, or leave out --revision."
+        )
+    if options.settings and options.load is None:
+        raise DitAccelError(f"--set {options.settings[0]} goes with --load. Add --load FILE, or leave out --set.")
     device, dtype = placement(options.device, "auto", "none")
     kernels = _kernels(device, dtype)
     others = [_compiler(device), *(_package(*row) for row in PACKAGES)]

@@ -318,6 +318,20 @@ def test_plan_options(refused, demo, options, message):
     assert says(refused("plan", "--method", "radial", *options), message)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--set", "a=1"), "--set a=1 --load"),
+        (("--set", "a=1", "--model", "demo"), "--set a=1 --load"),
+        (("--revision", "x"), "--revision x --model"),
+        (("--revision", "x", "--load", "none"), "--revision x --model"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_doctor_options(refused, options, message):
+    assert says(refused("doctor", *options), message)
+
+
 @pytest.mark.parametrize("verb", ["plan", "generate"])
 def test_a_size_that_the_pipeline_would_refuse_is_refused_by_both(refused, demo, tmp_path, verb):
     output = ("--output", tmp_path / "a.mp4") if verb == "generate" else ()
