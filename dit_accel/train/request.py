@@ -147,7 +147,13 @@ class TrainRequest:
                 f"--validate-every {settings.validate_every} samples prompts, but none came. Add --prompt, or "
                 "leave out --validate-every."
             )
-        return cls(options, values.build(DataSettings, sources, "The data"), settings)
+        origin = values.build(DataSettings, sources, "The data")
+        if "prompts" in data and origin.source != GENERATED:
+            raise DitAccelError(
+                f"Only --data {GENERATED} reads --prompts, got --data {origin.source} --prompts {origin.prompts}. "
+                f"Leave out --prompts, or give --data {GENERATED}."
+            )
+        return cls(options, origin, settings)
 
 
 def read_options(items: tuple[str, ...]) -> dict[str, Any]:

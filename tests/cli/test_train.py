@@ -176,6 +176,8 @@ def refused(cli, tmp_path):
         (("--method", "slaa"), "slaa sla"),
         ((*METHOD,), "--prompts"),
         ((*METHOD, "--prompts", "generl"), "generl general"),
+        ((*METHOD, "--data", "clips", "--prompts", "demo"), "--data clips --prompts demo"),
+        (("--recipe", "sla-demo", "--prompts", "demo"), "--data clips --prompts demo"),
         ((*METHOD, "--data", "nowhere"), "nowhere 'generated' 'clips'"),
         ((*METHOD, "--data", "clips", "--frames", "4"), "4 3 5"),
         ((*METHOD, "--data", "clips", "--height", "33"), "33 32 48"),
