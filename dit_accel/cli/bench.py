@@ -51,7 +51,9 @@ class BenchOptions(JsonOptions, DeviceOptions):
         metavar=METHOD_FORM,
         repeatable=True,
     )
-    density: tuple[float, ...] = option((), "Share of pairs to keep, such as 0.1, repeatable.", repeatable=True)
+    density: tuple[float, ...] = option(
+        (), "Share of pairs to keep, such as 0.1, repeatable.", metavar="SHARE", repeatable=True
+    )
     dtype: tuple[str, ...] = option((), "float32, bfloat16 or float16, repeatable.", metavar="NAME", repeatable=True)
     direction: tuple[str, ...] = option((), "forward, backward or both, repeatable.", metavar="NAME", repeatable=True)
     impl: str = option(
@@ -76,8 +78,9 @@ class BenchOptions(JsonOptions, DeviceOptions):
 def bench(typed: dict[str, Any]) -> int:
     """Time the attention methods against the best dense attention of this machine, after checking their results.
 
-    A row is timed only if its results are about as close to fp64 as those of plain PyTorch in the same dtype. If one is
-    not, the exit status is 1.
+    A row is timed only if its results are about as close to fp64 as those of plain PyTorch in the same dtype.
+    The exit status is 1 if a row is not timed.
+
     Example: dit-accel bench --shape wan-14b-720p --density 0.1 --output rows.jsonl --picture rows.png
     """
     options = BenchOptions(**typed)

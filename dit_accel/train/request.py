@@ -24,7 +24,11 @@ class RunOptions(SourceOptions, DeviceOptions):
 
     recipe: str | None = option(None, "Recipe to start from; other options take precedence.", metavar="NAME|FILE")
     samples: tuple[str, ...] = option(
-        (), "Prompt to sample every --validate-every steps, repeatable.", flag="--prompt", repeatable=True
+        (),
+        "Prompt to sample every --validate-every steps, repeatable.",
+        flag="--prompt",
+        metavar="TEXT",
+        repeatable=True,
     )
     prepare: bool = option(False, "Make the training data in OUTPUT/data, and stop.")
     search: Path | None = option(

@@ -37,6 +37,17 @@ def test_verb_help(cli, verb):
     assert f"dit-accel {verb}" in outcome.out
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_option_shows_a_list_of_python(cli, verb):
+    assert "<list[" not in cli(verb, "--help").out
+
+
+def test_an_example_is_a_paragraph_of_its_own(cli):
+    for verb in VERBS:
+        lines = [line.strip() for line in cli(verb, "--help").out.splitlines()]
+        assert all(not lines[i - 1] for i, line in enumerate(lines) if line.startswith("Example: ")), verb
+
+
 def test_generate_has_every_option(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     out = cli("generate", "--help").out
