@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _refusal(error: typer.TyperException) -> str:
     """Typer's sentence, with the value that came: Typer checks with pydantic, whose own error alone has the value."""
-    sentence = error.format_message() or "a verb is missing, such as generate."
+    sentence = error.format_message().replace(": Value error, ", ": ", 1) or "a verb is missing, such as generate."
     came = [repr(refused["input"]) for refused in getattr(error.__cause__, "errors", list)()]
     return sentence if not came or came[0] in sentence else f"{sentence.rstrip('.')}, got {came[0]}."
 

@@ -40,10 +40,23 @@ def _is_done(path: Path, request: GenerateRequest) -> bool:
             if request.overwrite:
                 return False
             raise DitAccelError(
-                f"{record} was made with {values.flag(field)} {was}, not {now}. Choose another --output, or replace "
-                "the old outputs with --overwrite."
+                f"{record} was made {_as_typed(field, was)}, not {_as_typed(field, now)}. Choose another --output, or "
+                "replace the old outputs with --overwrite."
             )
     return True
+
+
+def _as_typed(field: dataclasses.Field[Any], value: Any) -> str:
+    """An option with its value from a record, as on the command line, or that it is left out."""
+    flag = values.flag(field)
+    if value is None or value is False or value == []:
+        return f"without {flag}"
+    if value is True:
+        return f"with {flag}"
+    parts = value if isinstance(value, list) else [value]
+    if not field.metadata["option"].repeatable:
+        parts = [",".join(map(str, parts))]
+    return f"with {' '.join(f'{flag} {part}' for part in parts)}"
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -154,11 +154,13 @@ def prepare(request: GenerateRequest) -> GenerateJob:
     source = sources.find(request.model, request.revision)
     subject = functools.partial(request.subject, source)
     candidate = request.candidate(subject)
-    verify = request.verify or request.keep_dense_above is not None
+    verify = "--verify" if request.verify else ""
+    if request.keep_dense_above is not None:
+        verify = verify or f"--keep-dense-above {request.keep_dense_above:g}"
     if verify and not (request.method or request.load or request.level or request.preset):
-        raise DitAccelError(f"--verify compares a method with dense attention. {method_advice(subject().family)}")
+        raise DitAccelError(f"{verify} compares a method with dense attention. {method_advice(subject().family)}")
     if verify and request.compile:
-        raise DitAccelError("--verify cannot check compiled attention. Leave out --compile for that run.")
+        raise DitAccelError(f"{verify} cannot check compiled attention. Leave out --compile for that run.")
     if request.compile:
         candidate.check_compiled()
     check = SelfCheck("first-call" if verify else None, request.keep_dense_above)

@@ -60,7 +60,8 @@ class RunOptions(SourceOptions, DeviceOptions):
     def candidate_configs(self, method: str) -> list[Any]:
         """The Configs that a layer search tries; it needs some, and either a threshold or a budget."""
         if (self.threshold is None) == (self.budget is None):
-            raise DitAccelError("A layer search needs either --threshold or --budget, not both.")
+            came = "none" if self.budget is None else f"--threshold {self.threshold} and --budget {self.budget}"
+            raise DitAccelError(f"A layer search needs one of --threshold and --budget, got {came}. Give one of them.")
         if not self.candidates:
             raise DitAccelError("A layer search needs settings to try. Give --candidate KEY=VALUE,..., several times.")
         texts = (f"{method}:{text}" for text in self.candidates)

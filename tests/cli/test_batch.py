@@ -103,6 +103,14 @@ def test_other_options_are_refused(cli, demo, prompts, tmp_path):
     outcome = cli(*command, "--seed", 3)
     assert outcome.status == 2
     assert says(outcome.err, "--seed 0 3")
+    for options, message in (
+        (("--guidance", 2), "--guidance 2.0"),
+        (("--compare",), "--compare"),
+        (("--dense-layers", "0,1"), "--dense-layers 0,1"),
+    ):
+        outcome = cli(*command, *options)
+        assert outcome.status == 2
+        assert says(outcome.err, message) and not any(word in outcome.err for word in ("None", "True", "False"))
     prompts.write_text("\n".join(reversed(PROMPTS)))
     assert says(cli(*command).err, "--prompt")
 

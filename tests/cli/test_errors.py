@@ -122,12 +122,16 @@ def refused(cli, tmp_path):
         (("--revision", "main"), "--revision"),
         (("--promt", "a"), "--promt"),
         (("--verify",), "--verify"),
+        (("--keep-dense-above", "0.1"), "--keep-dense-above 0.1"),
+        ((*TILE, "--keep-dense-above", "0.1", "--compile"), "--keep-dense-above 0.1 --compile"),
         (("--any-weights",), "--any-weights"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_options(refused, demo, tmp_path, options, message):
-    assert says(refused("generate", *SIZE, "--output", tmp_path / "a.mp4", *options), message)
+    line = refused("generate", *SIZE, "--output", tmp_path / "a.mp4", *options)
+    assert says(line, message)
+    assert "Value error" not in line and ("--verify" in line) == ("--verify" in options)
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,11 @@ def refused(cli, tmp_path):
         ((*METHOD, "--data", "clips", "--option", "validate_every=2"), "--validate-every 2 --prompt"),
         (("--data", "clips", "--method", "dense"), "dense"),
         (("--recipe", "radial-wan2.1-14b-2x"), "--data"),
-        (("--data", "clips", "--search", "a.json", "--method", "gna", "--candidate", "window=3"), "--threshold"),
+        (("--data", "clips", "--search", "a.json", "--method", "gna", "--candidate", "window=3"), "--threshold none"),
+        (
+            ("--data", "clips", *SIZE, *SEARCH, "--threshold", "2", "--candidate", "topk=1"),
+            "--threshold 2.0 --budget 0.5",
+        ),
         (
             ("--data", "clips", *SIZE, "--search", "a.json", "--method", "sla", "--budget", ".5"),
             "--candidate",
