@@ -149,7 +149,7 @@ class TrainRequest:
             )
         if changes.get("validate_every") and not options.samples:
             raise DitAccelError(
-                f"--validate-every {settings.validate_every} samples prompts, but none came. Add --prompt, or "
+                f"--validate-every {settings.validate_every} samples prompts, got no --prompt. Add one, or "
                 "leave out --validate-every."
             )
         origin = values.build(DataSettings, sources, "The data")
