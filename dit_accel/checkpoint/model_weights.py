@@ -152,6 +152,8 @@ def _put_back(layer: nn.Module, name: str, old: torch.Tensor) -> None:
     assert place is not None  # by `check_restorable`
     with torch.inference_mode():  # which may have made the tensor
         place.copy_(old)
+    if not parameter.is_meta and (place.device, place.dtype) == (old.device, old.dtype):
+        parameter.data = old  # in its own memory: sums in memory of another alignment round differently
 
 
 def check_restorable(transformer: nn.Module) -> None:
