@@ -1,5 +1,7 @@
 """Settings layer by layer: each layer runs its own, a saved file brings them back, and a wrong file is refused."""
 
+import contextlib
+import copy
 import json
 
 import pytest
@@ -38,18 +40,14 @@ def test_each_layer_runs_its_own_setting(schedule, tiny_wan, wan_inputs):
     assert report.grids == {str(grid): sum(densities) / 2}
     assert str(report).startswith("tile(layer by layer): 2 sparse and 1 dense")
     assert json.loads(json.dumps(report.as_dict()))["setting"]["layers"] == {"transformer": LAYERS}
-    # Two uniform accelerators and the model itself, each for the layer that has its setting, give the same output.
-    processors = {}
-    for references, layer in ((1, 0), (2, 2)):
-        with dit_accel.accelerated(transformer, "tile", references=references, dense_layers=(1,)) as accel:
-            run(transformer, inputs)
-            processors[layer] = transformer.blocks[layer].attn1.processor
-    originals = [block.attn1.processor for block in transformer.blocks]
-    for layer, processor in processors.items():
-        transformer.blocks[layer].attn1.processor = processor
-    assert torch.equal(run(transformer, inputs), output)
-    for block, processor in zip(transformer.blocks, originals, strict=True):
-        block.attn1.processor = processor
+    # Copies under two uniform accelerators lend the layer that has their setting; the output is the same.
+    with contextlib.ExitStack() as stack:
+        copies = [copy.deepcopy(transformer) for _ in range(2)]
+        for references, layer, uniform in ((1, 0, copies[0]), (2, 2, copies[1])):
+            stack.enter_context(dit_accel.accelerated(uniform, "tile", references=references, dense_layers=(1,)))
+            run(uniform, inputs)
+            transformer.blocks[layer].attn1.processor = uniform.blocks[layer].attn1.processor
+        assert torch.equal(run(transformer, inputs), output)
 
 
 def test_saved_and_loaded(schedule, tiny_wan, wan_inputs, tmp_path):
