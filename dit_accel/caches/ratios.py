@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.errors import DitAccelError, first_line
-from dit_accel.files import replace_file
+from dit_accel.files import MARK, replace_file
 from dit_accel.pipelines.levels import is_named
 from dit_accel.registry import did_you_mean
 
@@ -55,7 +55,13 @@ class MagRatios:
 
     def save(self, path: Path, **about: Any) -> None:
         """Write a calibration file, with what `about` says of it."""
-        record = {"source": self.source, **about, "cond": self.cond, **({"uncond": self.uncond} if self.uncond else {})}
+        record = {
+            "note": MARK,
+            "source": self.source,
+            **about,
+            "cond": self.cond,
+            **({"uncond": self.uncond} if self.uncond else {}),
+        }
         replace_file(path, f"{json.dumps(record, indent=1)}\n".encode())
 
 

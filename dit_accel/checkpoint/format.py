@@ -115,7 +115,7 @@ def save(
         if content is not None:
             replace_file(folder / WEIGHTS_FILE, content)
         if ratios is not None:
-            ratios.save(folder / RATIOS_FILE, note=MARK)
+            ratios.save(folder / RATIOS_FILE)
             saved["ratios_sha256"] = hashlib.sha256((folder / RATIOS_FILE).read_bytes()).hexdigest()
         replace_file(folder / SETTINGS_FILE, (json.dumps(saved, indent=2) + "\n").encode())
         if content is None:

@@ -25,8 +25,9 @@ def test_the_mean_is_over_runs_and_the_transformers_that_ran():
 def test_from_prompts_to_a_file_that_generate_and_eval_take(cli, demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    outcome = cli("tune", *SMALL, "--prompts", "prompts.txt", "--cache", "mag:threshold=0.2", "--output", "out")
-    assert outcome.status == 0, outcome.err
+    for _ in range(2):  # the same command again replaces its file
+        outcome = cli("tune", *SMALL, "--prompts", "prompts.txt", "--cache", "mag:threshold=0.2", "--output", "out")
+        assert outcome.status == 0, outcome.err
     ratios = mag_ratios("out/mag_ratios.json")
     assert len(ratios.cond) == 4 and ratios.cond[0] == 1.0 and not ratios.uncond
     assert json.loads((tmp_path / "out" / "mag_ratios.json").read_text())["prompts"] == ["a red circle"]
