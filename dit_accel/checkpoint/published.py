@@ -233,8 +233,9 @@ def load(
             for component, reading in fitting.readings.items():
                 undo.callback(model_weights.replace(modules[component], reading.weights, keep_int8=keep_int8))
                 for name, weight in reading.learned.items():
-                    place = learned[f"{component}.{name}"]
-                    place.copy_(weight.make(place).reshape(place.shape))
+                    place = learned.get(f"{component}.{name}")
+                    if place is not None:  # dense layers have no learned weights
+                        place.copy_(weight.make(place).reshape(place.shape))
             restore, changes = few_steps.install(pipeline, trained.call, trained.sampler)
             undo.callback(restore)
             accel.take_training(trained, undo.pop_all().close, [*notes, *changes])

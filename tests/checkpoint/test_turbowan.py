@@ -79,6 +79,14 @@ def test_it_computes_the_authors_function(spelling, size, tiny_wan, wan_inputs, 
         assert_accurate(spelling, model(**inputs, return_dict=False)[0], plain, exact)
 
 
+def test_a_layer_that_a_cache_keeps_dense_needs_no_learned_weights(tiny_wan, tmp_path):
+    model = tiny_wan()
+    save_file(published(model), tmp_path / "weights.safetensors")
+    with dit_accel.load(model, tmp_path / "weights.safetensors", cache="first-block:threshold=0.2") as accel:
+        ((name, module),) = accel.learned_weights().items()
+        assert ".1." in name and torch.equal(module.proj.weight, projections()[1][0])
+
+
 def test_its_pipeline_folder_opens_as_the_stock_one(cli, wan_folder, copy, tmp_path):
     """Its index names a class that Diffusers lacks, and a scheduler that is not theirs."""
     from diffusers import WanTransformer3DModel
